@@ -1,0 +1,113 @@
+"""Which layers of a model can be compressed, and how they hang together.
+
+Weights are seen as ``[N, K]`` (outputs, inputs) whatever module holds them: ``torch.nn.Linear`` stores that, the
+``Conv1D`` of GPT-2 its transpose.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+# Names of the linear layers that read the same input inside one attention or feed-forward module (Llama, Mistral,
+# Qwen2, Gemma, OPT; encoder-style attention). GPT-2 stores the first as one layer, which needs no group.
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("query", "key", "value"))
+_BLOCK = re.compile(r"^(.*?\b(?:layers|h|blocks|layer)\.\d+)\.")
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer that a plan can name.
+
+    Attributes:
+        name: dotted module name in the model.
+        module: ``nn.Linear`` or ``Conv1D``.
+        block: name of the transformer block that holds it, or None (for example ``lm_head``).
+        input_group: equal for layers of one block that read the same input; else the layer's own name.
+    """
+
+    name: str
+    module: nn.Module
+    block: str | None
+    input_group: str
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the module stores ``[K, N]``."""
+        return is_conv1d(self.module)
+
+    @property
+    def n(self) -> int:
+        """Outputs."""
+        return self.module.weight.shape[1 if self.transposed else 0]
+
+    @property
+    def k(self) -> int:
+        """Inputs."""
+        return self.module.weight.shape[0 if self.transposed else 1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight as the model holds it."""
+        return self.module.weight.numel() * self.module.weight.element_size()
+
+    def weight(self) -> Tensor:
+        """The weight as detached fp32 ``[N, K]`` on its own device.
+
+        Raises:
+            ValueError: the weight holds NaN or Inf.
+        """
+        weight = self.module.weight.detach()
+        weight = (weight.t() if self.transposed else weight).float().contiguous()
+        if not bool(weight.isfinite().all()):
+            raise ValueError(f"{self.name}.weight: expected finite values, got NaN or Inf")
+        return weight
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether ``module`` is transformers' ``Conv1D`` (recognised by shape of the class, so that it need not be imported)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
+
+
+def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
+    """The model's linear layers in module order, and those that cannot be compressed with the reason.
+
+    A weight shared with another module (a head tied to the embedding) is in the second: replacing one user would store
+    it twice. ``Recipe.embedding_bits`` compresses both sides of such a pair.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dim() == 2:
+                owners.setdefault(id(parameter), []).append(name)
+    found: list[Layer] = []
+    refused: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear and not is_conv1d(module):
+            if isinstance(module, nn.Linear):
+                refused[name] = f"is a {type(module).__name__}, not a plain nn.Linear"
+            continue
+        sharers = [other for other in owners[id(module.weight)] if other != name]
+        if sharers:
+            refused[name] = f"shares its weight with {sharers[0]}"
+        elif module.weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            refused[name] = f"weight is {module.weight.dtype}"
+        elif module.weight.numel() == 0:
+            refused[name] = "weight is empty"
+        else:
+            block = _BLOCK.match(name)
+            found.append(Layer(name, module, block.group(1) if block else None, _input_group(name)))
+    return found, refused
+
+
+def _input_group(name: str) -> str:
+    parent, _, leaf = name.rpartition(".")
+    if "cross" in parent or "encoder_attn" in parent:  # there keys and values read the encoder, queries do not
+        return name
+    for members in SHARED_INPUT:
+        if leaf in members:
+            return f"{parent}.{'+'.join(members)}"
+    return name

@@ -1,0 +1,1 @@
+"""Compression methods, one module each; :mod:`effk.compress.registry` finds them here."""
