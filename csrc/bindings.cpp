@@ -1,0 +1,100 @@
+// effk._C: what Python asks the library about itself. No tensors cross it; those go through torch.ops.effk.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "formats/t16.h"
+#include "isa/isa.h"
+#include "ops/wq_linear/kernels.h"
+
+namespace py = pybind11;
+using namespace effk;
+
+namespace {
+
+std::vector<std::string> tier_names(isa::Tier highest) {
+  std::vector<std::string> names;
+  for (int t = 0; t <= int(highest); ++t) names.push_back(isa::name(isa::Tier(t)));
+  return names;
+}
+
+void use(const std::string& name, bool bf16) {
+  isa::Tier tier;
+  if (isa::parse(name.c_str(), &tier) && isa::force(tier, bf16)) return;
+  std::string message = "effk.isa.use: name: expected one of ";
+  for (const std::string& valid : tier_names(isa::detected())) message += valid + ", ";
+  message.replace(message.size() - 2, 2, " on this CPU, got '" + name + "'");
+  throw py::value_error(message);
+}
+
+const char* form_name(wq::Form form) {
+  switch (form) {
+    case wq::Form::int8: return "int8";
+    case wq::Form::bf16: return "bf16";
+    case wq::Form::fp32: return "fp32";
+  }
+  return "";
+}
+
+py::list kernel_table() {
+  py::list rows;
+  for (int i = 0; i < wq::kKernelCount; ++i) {
+    const wq::Kernel& kernel = *wq::kKernels[i];
+    py::dict row;
+    row["op"] = "wq_linear";
+    row["name"] = kernel.name;
+    row["tier"] = isa::name(kernel.tier);
+    row["form"] = form_name(kernel.form);
+    row["needs_bf16"] = kernel.needs_bf16;
+    row["supported"] = kernel.tier <= isa::detected() && (!kernel.needs_bf16 || isa::detected_bf16());
+    rows.append(row);
+  }
+  return rows;
+}
+
+// For each code, row by row: (byte of the low bits, their shift, byte of the high bit, its shift); the last two are
+// -1 and 0 unless bits is 3.
+std::vector<std::tuple<int64_t, int, int64_t, int>> tile_map(int64_t n, int64_t k, int bits) {
+  if (n < 0 || k < 1 || !t16::valid_bits(bits))
+    throw py::value_error("tile_map: n, k, bits: expected n >= 0, k >= 1 and 2, 3, 4 or 8 bits, got " +
+                          std::to_string(n) + ", " + std::to_string(k) + ", " + std::to_string(bits));
+  std::vector<std::tuple<int64_t, int, int64_t, int>> places;
+  places.reserve(size_t(n * k));
+  for (int64_t row = 0; row < n; ++row)
+    for (int64_t column = 0; column < k; ++column) {
+      const t16::Place p = t16::place(row, column, k, bits);
+      places.emplace_back(p.byte, p.shift, p.high_byte, p.high_shift);
+    }
+  return places;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = EFFK_VERSION;
+  info["compiler"] = EFFK_COMPILER;
+  info["build_type"] = EFFK_BUILD_TYPE;
+  info["oldest_torch"] = std::to_string((EFFK_TORCH_TARGET >> 56) & 0xff) + "." +
+                         std::to_string((EFFK_TORCH_TARGET >> 48) & 0xff);
+  info["cuda"] = EFFK_CUDA_INFO;
+  info["t16_version"] = t16::kVersion;
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "ISA tiers, kernel table, packed layouts and build facts of the effk library";
+  m.def("isa_names", [] { return tier_names(isa::Tier(isa::kTiers - 1)); }, "all tiers, lowest first");
+  m.def("isa_supported", [] { return tier_names(isa::detected()); }, "the tiers of this CPU, lowest first");
+  m.def("isa_active", [] { return isa::name(isa::active()); });
+  m.def("isa_bf16", &isa::has_bf16, "whether BF16 dot products are in use");
+  m.def("isa_detected_bf16", &isa::detected_bf16);
+  m.def("isa_use", &use, py::arg("name"), py::arg("bf16") = true);
+  m.def("isa_environment_error", &isa::environment_error);
+  m.def("kernel_table", &kernel_table, "one dict per kernel: op, name, tier, form, needs_bf16, supported");
+  m.def("tile_map", &tile_map, py::arg("n"), py::arg("k"), py::arg("bits"));
+  m.def("build_info", &build_info);
+}
