@@ -1,0 +1,143 @@
+// The vector vocabulary of avx512.h in pairs of 256-bit registers: rows 0-7 and rows 8-15 of a tile. Same names, same
+// results; see avx512.h for what each one means.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace effk::EFFK_TIER {
+namespace {
+
+struct vi { __m256i a, b; };
+struct vf { __m256 a, b; };
+#define EFFK_INLINE inline __attribute__((always_inline))
+
+EFFK_INLINE vi load_unit(const void* p) {
+  const auto* q = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+EFFK_INLINE void store_unit(void* p, vi v) {
+  auto* q = static_cast<__m256i*>(p);
+  _mm256_storeu_si256(q, v.a);
+  _mm256_storeu_si256(q + 1, v.b);
+}
+EFFK_INLINE vi both(__m256i v) { return {v, v}; }
+EFFK_INLINE vi zero_i() { return both(_mm256_setzero_si256()); }
+EFFK_INLINE vf zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+EFFK_INLINE vi set_i(int32_t v) { return both(_mm256_set1_epi32(v)); }
+EFFK_INLINE vf set_f(float v) { const __m256 t = _mm256_set1_ps(v); return {t, t}; }
+EFFK_INLINE vi broadcast(const int32_t* p) { return both(_mm256_set1_epi32(*p)); }
+EFFK_INLINE vi as_int(vf v) { return {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}; }
+EFFK_INLINE vf as_float(vi v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
+
+EFFK_INLINE vi bits_and(vi a, vi b) { return {_mm256_and_si256(a.a, b.a), _mm256_and_si256(a.b, b.b)}; }
+EFFK_INLINE vi bits_or(vi a, vi b) { return {_mm256_or_si256(a.a, b.a), _mm256_or_si256(a.b, b.b)}; }
+EFFK_INLINE vi and_or(vi a, vi mask, vi b) { return bits_or(bits_and(a, mask), b); }
+template <int S> EFFK_INLINE vi shift_right(vi v) {
+  if constexpr (S == 0) return v; else return {_mm256_srli_epi32(v.a, S), _mm256_srli_epi32(v.b, S)};
+}
+template <int S> EFFK_INLINE vi shift_left(vi v) {
+  if constexpr (S == 0) return v; else return {_mm256_slli_epi32(v.a, S), _mm256_slli_epi32(v.b, S)};
+}
+EFFK_INLINE vi shuffle_bytes(vi t, vi i) { return {_mm256_shuffle_epi8(t.a, i.a), _mm256_shuffle_epi8(t.b, i.b)}; }
+EFFK_INLINE vi load_table(const void* p16) {
+  return both(_mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p16))));
+}
+
+EFFK_INLINE vi add_i(vi a, vi b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
+EFFK_INLINE vi sub_i(vi a, vi b) { return {_mm256_sub_epi32(a.a, b.a), _mm256_sub_epi32(a.b, b.b)}; }
+EFFK_INLINE vi mul_i(vi a, vi b) { return {_mm256_mullo_epi32(a.a, b.a), _mm256_mullo_epi32(a.b, b.b)}; }
+EFFK_INLINE vi max_i(vi a, vi b) { return {_mm256_max_epi32(a.a, b.a), _mm256_max_epi32(a.b, b.b)}; }
+EFFK_INLINE vf to_float(vi v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+EFFK_INLINE vi round_to_int(vf v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
+EFFK_INLINE vf add_f(vf a, vf b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+EFFK_INLINE vf sub_f(vf a, vf b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
+EFFK_INLINE vf mul_f(vf a, vf b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+EFFK_INLINE vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
+EFFK_INLINE vf fnma(vf a, vf b, vf c) { return {_mm256_fnmadd_ps(a.a, b.a, c.a), _mm256_fnmadd_ps(a.b, b.b, c.b)}; }
+EFFK_INLINE int32_t reduce_max_i(vi v) {
+  const __m256i m = _mm256_max_epi32(v.a, v.b);
+  __m128i n = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+  n = _mm_max_epi32(n, _mm_shuffle_epi32(n, 0x4E));
+  return _mm_cvtsi128_si32(_mm_max_epi32(n, _mm_shuffle_epi32(n, 0xB1)));
+}
+EFFK_INLINE int32_t reduce_add_i(vi v) {
+  const __m256i m = _mm256_add_epi32(v.a, v.b);
+  __m128i n = _mm_add_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+  n = _mm_add_epi32(n, _mm_shuffle_epi32(n, 0x4E));
+  return _mm_cvtsi128_si32(_mm_add_epi32(n, _mm_shuffle_epi32(n, 0xB1)));
+}
+
+template <bool Wide> EFFK_INLINE __m256i dot_half(__m256i acc, __m256i u, __m256i s) {
+  const __m256i one = _mm256_set1_epi16(1);
+  if constexpr (!Wide) return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(u, s), one));
+  const __m256i low = _mm256_set1_epi8(15);
+  const __m256i lo = _mm256_maddubs_epi16(_mm256_and_si256(u, low), s);
+  const __m256i hi = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi32(u, 4), low), s);
+  const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(lo, one), _mm256_madd_epi16(hi, _mm256_set1_epi16(16)));
+  return _mm256_add_epi32(acc, sum);
+}
+template <bool Wide> EFFK_INLINE vi dot_u8s8(vi acc, vi u, vi s) {
+  return {dot_half<Wide>(acc.a, u.a, s.a), dot_half<Wide>(acc.b, u.b, s.b)};
+}
+EFFK_INLINE vi sum_s8(vi s) { return dot_u8s8<false>(zero_i(), both(_mm256_set1_epi8(1)), s); }
+
+// 16 entries as two registers of eight: look up in both, choose by bit 3 of the index (moved to the sign for the blend).
+struct Table { __m256 lo, hi; };
+EFFK_INLINE Table load_float_table(const float* t) { return {_mm256_loadu_ps(t), _mm256_loadu_ps(t + 8)}; }
+EFFK_INLINE __m256 lookup_half(__m256i i, const Table& t) {
+  const __m256 lo = _mm256_permutevar8x32_ps(t.lo, i), hi = _mm256_permutevar8x32_ps(t.hi, i);
+  return _mm256_blendv_ps(lo, hi, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
+}
+EFFK_INLINE vf lookup(vi i, const Table& t) { return {lookup_half(i.a, t), lookup_half(i.b, t)}; }
+
+EFFK_INLINE vf gather(const float* p, vi i) { return {_mm256_i32gather_ps(p, i.a, 4), _mm256_i32gather_ps(p, i.b, 4)}; }
+EFFK_INLINE vi lane_index() {
+  return {_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_epi32(8, 9, 10, 11, 12, 13, 14, 15)};
+}
+
+EFFK_INLINE vf load_f32(const void* p) {
+  const auto* q = static_cast<const float*>(p);
+  return {_mm256_loadu_ps(q), _mm256_loadu_ps(q + 8)};
+}
+EFFK_INLINE void store_f32(void* p, vf v) {
+  auto* q = static_cast<float*>(p);
+  _mm256_storeu_ps(q, v.a);
+  _mm256_storeu_ps(q + 8, v.b);
+}
+EFFK_INLINE vf load_f16(const void* p) {
+  const auto* q = static_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+}
+EFFK_INLINE vf load_bf16(const void* p) {
+  const auto* q = static_cast<const __m128i*>(p);
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16)),
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q + 1)), 16))};
+}
+EFFK_INLINE vi load_u8(const void* p) {
+  const __m128i v = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
+}
+EFFK_INLINE void store_f16(void* p, vf v) {
+  auto* q = static_cast<__m128i*>(p);
+  _mm_storeu_si128(q, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  _mm_storeu_si128(q + 1, _mm256_cvtps_ph(v.b, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+EFFK_INLINE __m256i to_bf16_half(__m256 v) {  // bf16 in the low half of each 32-bit lane
+  const __m256i u = _mm256_castps_si256(v), even = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+  const __m256i r = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, _mm256_set1_epi32(0x7fff)), even), 16);
+  const __m256i q = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+  return _mm256_blendv_epi8(r, q, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+}
+EFFK_INLINE void store_bf16(void* p, vf v) {
+  const __m256i w = _mm256_permute4x64_epi64(_mm256_packus_epi32(to_bf16_half(v.a), to_bf16_half(v.b)), 0xD8);
+  _mm256_storeu_si256(static_cast<__m256i*>(p), w);
+}
+EFFK_INLINE void store_s8(void* p, vi v) {
+  const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xD8);
+  _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+}
+EFFK_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace effk::EFFK_TIER

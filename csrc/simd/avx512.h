@@ -1,0 +1,101 @@
+// The vector vocabulary of the kernels, in 512-bit registers: one register holds a t16 unit (16 rows x 4 bytes) or one
+// fp32 value for each of 16 rows. Included by the AVX-512 tiers inside their own namespace; what a tier lacks (VNNI,
+// BF16) is chosen by the compiler's feature macros, which only cmake/EffkIsa.cmake sets.
+#pragma once
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace effk::EFFK_TIER {
+namespace {
+
+using vi = __m512i;  // 64 bytes, or 16 x int32
+using vf = __m512;   // 16 x fp32
+#define EFFK_INLINE inline __attribute__((always_inline))
+
+EFFK_INLINE vi load_unit(const void* p) { return _mm512_loadu_si512(p); }
+EFFK_INLINE void store_unit(void* p, vi v) { _mm512_storeu_si512(p, v); }
+EFFK_INLINE vi zero_i() { return _mm512_setzero_si512(); }
+EFFK_INLINE vf zero_f() { return _mm512_setzero_ps(); }
+EFFK_INLINE vi set_i(int32_t v) { return _mm512_set1_epi32(v); }
+EFFK_INLINE vf set_f(float v) { return _mm512_set1_ps(v); }
+EFFK_INLINE vi broadcast(const int32_t* p) { return _mm512_set1_epi32(*p); }
+EFFK_INLINE vi as_int(vf v) { return _mm512_castps_si512(v); }
+EFFK_INLINE vf as_float(vi v) { return _mm512_castsi512_ps(v); }
+
+EFFK_INLINE vi bits_and(vi a, vi b) { return _mm512_and_si512(a, b); }
+EFFK_INLINE vi bits_or(vi a, vi b) { return _mm512_or_si512(a, b); }
+// (a & mask) | b in one instruction.
+EFFK_INLINE vi and_or(vi a, vi mask, vi b) { return _mm512_ternarylogic_epi32(a, mask, b, 0xEA); }
+template <int S> EFFK_INLINE vi shift_right(vi v) { if constexpr (S == 0) return v; else return _mm512_srli_epi32(v, S); }
+template <int S> EFFK_INLINE vi shift_left(vi v) { if constexpr (S == 0) return v; else return _mm512_slli_epi32(v, S); }
+EFFK_INLINE vi shuffle_bytes(vi table, vi index) { return _mm512_shuffle_epi8(table, index); }
+EFFK_INLINE vi load_table(const void* p16) { return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p16))); }
+
+EFFK_INLINE vi add_i(vi a, vi b) { return _mm512_add_epi32(a, b); }
+EFFK_INLINE vi sub_i(vi a, vi b) { return _mm512_sub_epi32(a, b); }
+EFFK_INLINE vi mul_i(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+EFFK_INLINE vi max_i(vi a, vi b) { return _mm512_max_epi32(a, b); }
+EFFK_INLINE vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
+EFFK_INLINE vi round_to_int(vf v) { return _mm512_cvtps_epi32(v); }
+EFFK_INLINE vf add_f(vf a, vf b) { return _mm512_add_ps(a, b); }
+EFFK_INLINE vf sub_f(vf a, vf b) { return _mm512_sub_ps(a, b); }
+EFFK_INLINE vf mul_f(vf a, vf b) { return _mm512_mul_ps(a, b); }
+EFFK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+EFFK_INLINE vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
+EFFK_INLINE int32_t reduce_max_i(vi v) { return _mm512_reduce_max_epi32(v); }
+EFFK_INLINE int32_t reduce_add_i(vi v) { return _mm512_reduce_add_epi32(v); }
+
+// acc + the four-term dot product of unsigned and signed bytes in each 32-bit lane, exact in int32. `Wide` says that the
+// unsigned bytes may exceed 15: without VNNI the pair sums of 16-bit multiply-adds would saturate, so they are cut into
+// nibbles there (2 * 15 * 127 = 3810 fits).
+#ifdef __AVX512VNNI__
+template <bool Wide> EFFK_INLINE vi dot_u8s8(vi acc, vi u, vi s) { return _mm512_dpbusd_epi32(acc, u, s); }
+#else
+template <bool Wide> EFFK_INLINE vi dot_u8s8(vi acc, vi u, vi s) {
+  const vi one = _mm512_set1_epi16(1);
+  if constexpr (!Wide) return add_i(acc, _mm512_madd_epi16(_mm512_maddubs_epi16(u, s), one));
+  const vi low = _mm512_set1_epi8(15);
+  const vi lo = _mm512_maddubs_epi16(bits_and(u, low), s), hi = _mm512_maddubs_epi16(bits_and(shift_right<4>(u), low), s);
+  return add_i(acc, add_i(_mm512_madd_epi16(lo, one), _mm512_madd_epi16(hi, _mm512_set1_epi16(16))));
+}
+#endif
+// Sum over a lane's four signed bytes.
+EFFK_INLINE vi sum_s8(vi s) { return dot_u8s8<false>(zero_i(), _mm512_set1_epi8(1), s); }
+
+#ifdef __AVX512BF16__
+EFFK_INLINE vf dot_bf16(vf acc, vi a, vi b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+EFFK_INLINE vi lookup16(vi index, vi table) { return _mm512_permutexvar_epi16(index, table); }  // 32 entries, low 5 bits
+#endif
+
+// 16-entry fp32 table; only the low four bits of each 32-bit index count.
+struct Table { vf t; };
+EFFK_INLINE Table load_float_table(const float* t16) { return {_mm512_loadu_ps(t16)}; }
+EFFK_INLINE vf lookup(vi index, const Table& t) { return _mm512_permutexvar_ps(index, t.t); }
+
+EFFK_INLINE vf gather(const float* base, vi index) { return _mm512_i32gather_ps(index, base, 4); }
+EFFK_INLINE vi lane_index() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
+
+EFFK_INLINE vf load_f32(const void* p) { return _mm512_loadu_ps(p); }
+EFFK_INLINE void store_f32(void* p, vf v) { _mm512_storeu_ps(p, v); }
+EFFK_INLINE vf load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+EFFK_INLINE vf load_bf16(const void* p) {
+  return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16));
+}
+EFFK_INLINE vi load_u8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+EFFK_INLINE void store_f16(void* p, vf v) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+EFFK_INLINE void store_bf16(void* p, vf v) {
+  const vi u = as_int(v);
+  const vi even = bits_and(_mm512_srli_epi32(u, 16), set_i(1));
+  vi r = _mm512_srli_epi32(add_i(add_i(u, set_i(0x7fff)), even), 16);
+  r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_srli_epi32(u, 16), set_i(0x40));
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+}
+// 16 x int32 in [-128, 127] to 16 bytes.
+EFFK_INLINE void store_s8(void* p, vi v) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+EFFK_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace
+}  // namespace effk::EFFK_TIER

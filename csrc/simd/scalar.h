@@ -1,0 +1,90 @@
+// The vector vocabulary of avx512.h as plain loops over 16 lanes: the portable tier, and the readable definition of each
+// operation. Needs nothing but C++17.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/half.h"
+
+namespace effk::EFFK_TIER {
+namespace {
+
+struct vi { int32_t v[16]; };
+struct vf { float v[16]; };
+#define EFFK_INLINE inline __attribute__((always_inline))
+
+template <class F> EFFK_INLINE vi make_i(const F& f) { vi r; for (int l = 0; l < 16; ++l) r.v[l] = int32_t(f(l)); return r; }
+template <class F> EFFK_INLINE vf make_f(const F& f) { vf r; for (int l = 0; l < 16; ++l) r.v[l] = f(l); return r; }
+
+EFFK_INLINE vi load_unit(const void* p) { vi r; std::memcpy(r.v, p, 64); return r; }
+EFFK_INLINE void store_unit(void* p, vi v) { std::memcpy(p, v.v, 64); }
+EFFK_INLINE vi set_i(int32_t x) { return make_i([=](int) { return x; }); }
+EFFK_INLINE vf set_f(float x) { return make_f([=](int) { return x; }); }
+EFFK_INLINE vi zero_i() { return set_i(0); }
+EFFK_INLINE vf zero_f() { return set_f(0.0f); }
+EFFK_INLINE vi broadcast(const int32_t* p) { int32_t x; std::memcpy(&x, p, 4); return set_i(x); }
+EFFK_INLINE vi as_int(vf a) { vi r; std::memcpy(r.v, a.v, 64); return r; }
+EFFK_INLINE vf as_float(vi a) { vf r; std::memcpy(r.v, a.v, 64); return r; }
+
+EFFK_INLINE vi bits_and(vi a, vi b) { return make_i([&](int l) { return a.v[l] & b.v[l]; }); }
+EFFK_INLINE vi bits_or(vi a, vi b) { return make_i([&](int l) { return a.v[l] | b.v[l]; }); }
+EFFK_INLINE vi and_or(vi a, vi m, vi b) { return make_i([&](int l) { return (a.v[l] & m.v[l]) | b.v[l]; }); }
+template <int S> EFFK_INLINE vi shift_right(vi a) { return make_i([&](int l) { return uint32_t(a.v[l]) >> S; }); }
+template <int S> EFFK_INLINE vi shift_left(vi a) { return make_i([&](int l) { return uint32_t(a.v[l]) << S; }); }
+EFFK_INLINE vi load_table(const void* p16) { vi r; for (int i = 0; i < 4; ++i) std::memcpy(r.v + 4 * i, p16, 16); return r; }
+EFFK_INLINE vi shuffle_bytes(vi t, vi index) {
+  uint8_t table[64], i[64], r[64];
+  std::memcpy(table, t.v, 64);
+  std::memcpy(i, index.v, 64);
+  for (int j = 0; j < 64; ++j) r[j] = table[i[j] & 15];
+  vi out;
+  std::memcpy(out.v, r, 64);
+  return out;
+}
+
+EFFK_INLINE vi add_i(vi a, vi b) { return make_i([&](int l) { return uint32_t(a.v[l]) + uint32_t(b.v[l]); }); }
+EFFK_INLINE vi sub_i(vi a, vi b) { return make_i([&](int l) { return uint32_t(a.v[l]) - uint32_t(b.v[l]); }); }
+EFFK_INLINE vi mul_i(vi a, vi b) { return make_i([&](int l) { return uint32_t(a.v[l]) * uint32_t(b.v[l]); }); }
+EFFK_INLINE vi max_i(vi a, vi b) { return make_i([&](int l) { return a.v[l] > b.v[l] ? a.v[l] : b.v[l]; }); }
+EFFK_INLINE vf to_float(vi a) { return make_f([&](int l) { return float(a.v[l]); }); }
+EFFK_INLINE vi round_to_int(vf a) { return make_i([&](int l) { return int32_t(std::nearbyintf(a.v[l])); }); }
+EFFK_INLINE vf add_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] + b.v[l]; }); }
+EFFK_INLINE vf sub_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] - b.v[l]; }); }
+EFFK_INLINE vf mul_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] * b.v[l]; }); }
+EFFK_INLINE vf fma(vf a, vf b, vf c) { return make_f([&](int l) { return std::fmaf(a.v[l], b.v[l], c.v[l]); }); }
+EFFK_INLINE vf fnma(vf a, vf b, vf c) { return make_f([&](int l) { return std::fmaf(-a.v[l], b.v[l], c.v[l]); }); }
+EFFK_INLINE int32_t reduce_max_i(vi a) { int32_t m = a.v[0]; for (int l = 1; l < 16; ++l) m = a.v[l] > m ? a.v[l] : m; return m; }
+EFFK_INLINE int32_t reduce_add_i(vi a) { int32_t s = 0; for (int l = 0; l < 16; ++l) s += a.v[l]; return s; }
+
+EFFK_INLINE int32_t dot_lane(uint32_t u, uint32_t s) {
+  int32_t d = 0;
+  for (int i = 0; i < 4; ++i) d += int32_t((u >> (8 * i)) & 255u) * int32_t(int8_t((s >> (8 * i)) & 255u));
+  return d;
+}
+template <bool Wide> EFFK_INLINE vi dot_u8s8(vi acc, vi u, vi s) {
+  return make_i([&](int l) { return acc.v[l] + dot_lane(uint32_t(u.v[l]), uint32_t(s.v[l])); });
+}
+EFFK_INLINE vi sum_s8(vi s) { return dot_u8s8<false>(zero_i(), set_i(0x01010101), s); }
+
+struct Table { float t[16]; };
+EFFK_INLINE Table load_float_table(const float* p) { Table t; std::memcpy(t.t, p, 64); return t; }
+EFFK_INLINE vf lookup(vi index, const Table& t) { return make_f([&](int l) { return t.t[index.v[l] & 15]; }); }
+
+EFFK_INLINE vf gather(const float* base, vi index) { return make_f([&](int l) { return base[index.v[l]]; }); }
+EFFK_INLINE vi lane_index() { return make_i([](int l) { return l; }); }
+
+EFFK_INLINE uint16_t half_at(const void* p, int l) { uint16_t h; std::memcpy(&h, static_cast<const char*>(p) + 2 * l, 2); return h; }
+EFFK_INLINE void put_half(void* p, int l, uint16_t h) { std::memcpy(static_cast<char*>(p) + 2 * l, &h, 2); }
+EFFK_INLINE vf load_f32(const void* p) { vf r; std::memcpy(r.v, p, 64); return r; }
+EFFK_INLINE void store_f32(void* p, vf a) { std::memcpy(p, a.v, 64); }
+EFFK_INLINE vf load_f16(const void* p) { return make_f([=](int l) { return f16_to_float(half_at(p, l)); }); }
+EFFK_INLINE vf load_bf16(const void* p) { return make_f([=](int l) { return bf16_to_float(half_at(p, l)); }); }
+EFFK_INLINE vi load_u8(const void* p) { return make_i([=](int l) { return static_cast<const uint8_t*>(p)[l]; }); }
+EFFK_INLINE void store_f16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_f16(a.v[l])); }
+EFFK_INLINE void store_bf16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_bf16(a.v[l])); }
+EFFK_INLINE void store_s8(void* p, vi a) { for (int l = 0; l < 16; ++l) static_cast<int8_t*>(p)[l] = int8_t(a.v[l]); }
+EFFK_INLINE void prefetch(const void*) {}
+
+}  // namespace
+}  // namespace effk::EFFK_TIER
