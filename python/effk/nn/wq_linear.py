@@ -1,0 +1,167 @@
+"""Linear layers over low-bit weights, running on ``torch.ops.effk``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.wq import WqWeight
+from .frozen import FrozenDtypes
+
+COMPUTE_FORMS = ("float", "int8")
+_SIBLINGS = "_effk_sibling_products"
+
+
+class WqLinear(FrozenDtypes):
+    """``y = x W^T + bias`` with a frozen low-bit ``W[out_features, in_features]``; x fp32, bf16 or fp16 ``[..., K]``.
+
+    The buffers are the kernel's packed form (``csrc/formats/t16.h``), made once from the canonical form::
+
+        packed    uint8 [tiles, chunks, bytes]      scales   fp16 or fp32 [tiles, groups, 16]
+        zeros     uint8 [tiles, groups, 16]         codebook fp32 [2**bits] or [tiles, 2**bits, 16]
+        out_ptr   int32 [N + 1]                     out_col  uint16 or int32 [nnz]
+        out_val   fp16 [nnz]                        bias     [N], follows ``.to(dtype)``
+
+    all but the first two optional. ``state_dict`` holds this form; files hold the canonical one (:mod:`effk.hub`).
+    ``compute`` is "float" or "int8" (activations quantised on the fly, about 1 % error); it never changes by itself.
+    Gradients flow to ``x`` only.
+    """
+
+    format_buffers: ClassVar[tuple[str, ...]] = ("packed", "scales", "zeros", "codebook", "out_ptr", "out_col", "out_val")
+
+    def __init__(self, n: int, k: int, bits: int, group_size: int, compute: str = "float") -> None:
+        super().__init__()
+        if compute not in COMPUTE_FORMS:
+            raise ValueError(f"WqLinear: compute: expected one of {COMPUTE_FORMS}, got {compute!r}")
+        self.out_features, self.in_features = n, k
+        self.bits, self.group_size, self.compute = bits, group_size, compute
+        for name in (*self.format_buffers, "bias"):
+            self.register_buffer(name, None)
+        object.__setattr__(self, "_shared", None)  # not registered: the siblings belong to the model, not to this layer
+
+    @classmethod
+    def from_weight(cls, weight: WqWeight, bias: Tensor | None = None, compute: str = "float") -> WqLinear:
+        """Pack ``weight`` for the kernels.
+
+        Raises:
+            ValueError: the weight is malformed, ``bias`` is not ``[n]``, or ``compute`` does not exist for this weight.
+        """
+        weight.validate()
+        if bias is not None and (tuple(bias.shape) != (weight.n,) or not bias.is_floating_point()):
+            raise ValueError(f"WqLinear: bias: expected floating point [{weight.n}], got {bias.dtype} {list(bias.shape)}")
+        if compute == "int8" and weight.codebook is not None and weight.codebook.dim() == 2:
+            raise ValueError("WqLinear: compute: expected 'float' for a codebook per row, got 'int8'")
+        module = cls(weight.n, weight.k, weight.bits, weight.group_size, compute)
+        packed, scales, zeros, codebook = torch.ops.effk.wq_pack(
+            weight.qweight, weight.scales, weight.zeros, weight.codebook, weight.n, weight.k, weight.bits, weight.group_size
+        )
+        module.packed, module.scales = packed, scales
+        module.zeros = zeros if weight.zeros is not None else None
+        module.codebook = codebook if weight.codebook is not None else None
+        module.out_ptr, module.out_col, module.out_val = weight.out_ptr, weight.out_col, weight.out_val
+        module.bias = None if bias is None else bias.detach().clone()
+        return module
+
+    def to_weight(self) -> WqWeight:
+        """The canonical form back; exact inverse of :meth:`from_weight`."""
+        n, k = self.out_features, self.in_features
+        qweight, scales, zeros = torch.ops.effk.wq_unpack(
+            self.packed, self.scales, self.zeros, n, k, self.bits, self.group_size
+        )
+        codebook = self.codebook
+        if codebook is not None and codebook.dim() == 3:  # [tiles, 2**bits, 16] -> [n, 2**bits]
+            codebook = codebook.transpose(1, 2).reshape(-1, codebook.shape[1])[:n].contiguous()
+        return WqWeight(
+            n, k, self.bits, self.group_size, qweight, scales, None if self.zeros is None else zeros, codebook,
+            self.out_ptr, self.out_col, self.out_val,
+        )  # fmt: skip
+
+    def dequantize(self) -> Tensor:
+        """The weight as fp32 ``[N, K]``, outliers included."""
+        return torch.ops.effk.wq_dequantize(*self._weight_args(), *self._geometry())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` ``[..., in_features]`` to ``[..., out_features]`` of the same dtype."""
+        if self._shared is not None and _may_share(x):
+            return self._shared.one(self, x)
+        return torch.ops.effk.wq_linear(x, *self._weight_args(), self.bias, *self._geometry(), self.compute)
+
+    def extra_repr(self) -> str:
+        group = self.group_size or "row"
+        sparse = "" if self.out_val is None else f", outliers={self.out_val.numel()}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"bits={self.bits}, group_size={group}, compute={self.compute}{sparse}"
+        )
+
+    def _weight_args(self) -> tuple[Tensor | None, ...]:
+        return self.packed, self.scales, self.zeros, self.codebook, self.out_ptr, self.out_col, self.out_val
+
+    def _geometry(self) -> tuple[int, int, int, int]:
+        return self.out_features, self.in_features, self.bits, self.group_size
+
+
+class WqMultiLinear(nn.Module):
+    """Several :class:`WqLinear` over one input in one kernel call: q, k, v, or gate and up.
+
+    ``forward(x)`` returns all products. The activations are read and (int8 form) quantised once, and the threads share
+    one region; each product is bit for bit what its layer alone would give.
+
+    :meth:`attach` makes an existing model profit without a change of its code: the first of the layers to be called
+    with a tensor computes all products and leaves the others' *on that tensor object*, where they are taken, once, when
+    the sibling is called with the same object. So nothing outlives the tensor, threads with their own tensors never
+    meet, and whatever does not match (another tensor, an input written to in between, a second call) is computed anew.
+    Where tensors are traced rather than computed (compile, export) or need gradients, every layer works alone.
+    """
+
+    def __init__(self, layers: Sequence[WqLinear]) -> None:
+        """Raises ValueError unless there are at least two layers with equal ``in_features`` and ``compute``."""
+        super().__init__()
+        inputs = {layer.in_features for layer in layers}
+        forms = {layer.compute for layer in layers}
+        if len(layers) < 2 or len(inputs) != 1 or len(forms) != 1:
+            raise ValueError(
+                "WqMultiLinear: layers: expected two or more with one in_features and one compute, "
+                f"got {len(layers)} with {sorted(inputs)} and {sorted(forms)}"
+            )
+        self.layers = nn.ModuleList(layers)
+
+    def attach(self) -> None:
+        """Make the layers share their work wherever they are called (see the class)."""
+        for layer in self.layers:
+            object.__setattr__(layer, "_shared", self)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Products of ``x`` ``[..., in_features]`` with every layer, in order."""
+        layers = list(self.layers)
+        columns = zip(*(layer._weight_args() for layer in layers), strict=True)
+        return torch.ops.effk.wq_multi_linear(
+            x,
+            *(list(column) for column in columns),
+            [layer.bias for layer in layers],
+            [layer.out_features for layer in layers],
+            layers[0].in_features,
+            [layer.bits for layer in layers],
+            [layer.group_size for layer in layers],
+            layers[0].compute,
+        )
+
+    def one(self, layer: WqLinear, x: Tensor) -> Tensor:
+        """The product of ``layer``: left on ``x`` by a sibling, or computed now together with the siblings'."""
+        version = None if x.is_inference() else x._version
+        owner, when, waiting = x.__dict__.get(_SIBLINGS, (None, None, {}))
+        if owner is self and when == version and (product := waiting.pop(id(layer), None)) is not None:
+            if not waiting:
+                x.__dict__.pop(_SIBLINGS, None)  # or copying or saving x would drag this module along
+            return product
+        products = {id(member): product for member, product in zip(self.layers, self(x), strict=True)}
+        own = products.pop(id(layer))
+        x.__dict__[_SIBLINGS] = (self, version, products)
+        return own
+
+
+def _may_share(x: Tensor) -> bool:
+    return not (torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()))
