@@ -1,0 +1,8 @@
+"""The operations, one module each: what it computes, its shape function, gradient and float64 reference.
+
+The operations themselves are ``torch.ops.effk.<op>``; importing :mod:`effk` has registered them.
+"""
+
+from . import wq_linear
+
+__all__ = ["wq_linear"]
