@@ -99,11 +99,12 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
             refused[name] = "weight is empty"
         else:
             block = _BLOCK.match(name)
-            found.append(Layer(name, module, block.group(1) if block else None, _input_group(name)))
+            found.append(Layer(name, module, block.group(1) if block else None, input_group(name)))
     return found, refused
 
 
-def _input_group(name: str) -> str:
+def input_group(name: str) -> str:
+    """The key that layers reading the same input have in common, from the layer's name; its own name when alone."""
     parent, _, leaf = name.rpartition(".")
     if "cross" in parent or "encoder_attn" in parent:  # there keys and values read the encoder, queries do not
         return name

@@ -1,0 +1,148 @@
+"""Compress a model: ``effk.compress(model, recipe, calib)``.
+
+The package is the function: ``effk.compress(...)`` and ``from effk.compress import compress`` are the same call, and
+``effk.compress.plan`` and the other modules stay reachable. (A package cannot be callable by itself, so its module
+object's class is one that is.)
+
+Steps of a call, each in its own module: find the layers (``layers``), let the method prepare the model and make a plan
+(``registry``, ``passes``, ``plan``), apply it block by block on calibration data (``apply``, ``calibrate``), compress the
+embedding (``embedding``), let layers over one input share their kernel call (``fuse``), and report (``report``).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+from .apply import apply_plan, model_bytes
+from .calibrate import check_calib
+from .embedding import find_embedding, install_embedding, quantize_rows
+from .fuse import fuse_shared_inputs
+from .layers import Layer, find_layers
+from .plan import LayerPlan, Plan
+from .recipe import Recipe, matches
+from .registry import Context, Handler, Progress, handler_for, recipe_from_json, recipe_types, register
+from .report import LayerReport, Report
+
+__all__ = [
+    "Context", "Handler", "Layer", "LayerPlan", "LayerReport", "Plan", "Progress", "Recipe", "Report", "compress",
+    "make_plan", "recipe_from_json", "recipe_types", "register",
+]  # fmt: skip
+
+
+def compress(
+    model: nn.Module,
+    recipe: Recipe,
+    calib: Sequence[Tensor] | None = None,
+    plan: Plan | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Compress ``model`` in place.
+
+    Args:
+        model: any module with ``nn.Linear`` (or GPT-2's ``Conv1D``) layers; methods that calibrate need a decoder of
+            transformers. It is left in evaluation mode.
+        recipe: what to do; one of :func:`recipe_types`.
+        calib: token ids, each int64 ``[batch, length]``, for methods that calibrate.
+        plan: apply this plan, for example an edited one, instead of making one.
+        progress: called as ``progress(stage, done, total)``.
+
+    Returns:
+        What was done. The plan that was applied is ``report.plan``.
+
+    Raises:
+        TypeError: ``recipe`` is not a known recipe.
+        ValueError: a recipe for layers that the model lacks, missing calibration, a plan that does not fit the model,
+            an infeasible budget, weights with NaN or Inf: all before the model is changed. An interruption after that
+            leaves a model of which some layers are compressed; it still runs.
+    """
+    context, handler, kept = _open(model, recipe, calib, progress)
+    before, seconds = model_bytes(model), {}
+    if plan is not None and plan.recipe.get("name") != recipe.name:
+        raise ValueError(f"compress: plan: expected one of recipe {recipe.name!r}, got {plan.recipe.get('name')!r}")
+    bound = None if plan is None else plan.bind(context.layers)
+    pair, why = find_embedding(model) if recipe.embedding_bits else (None, "")
+    if recipe.embedding_bits and pair is None:
+        raise ValueError(f"compress: recipe {recipe.name}: embedding_bits: expected None for this model, got 8: {why}")
+
+    start = time.perf_counter()
+    handler.prepare(context, bound)
+    seconds["prepare"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    if bound is None:
+        bound = handler.plan(context).bind(context.layers)
+    seconds["plan"] = time.perf_counter() - start
+
+    start = time.perf_counter()
+    layers = apply_plan(context, handler, bound)
+    if pair is not None:
+        embedding = model.get_submodule(pair.embedding)
+        install_embedding(model, pair, quantize_rows(embedding.weight), recipe.compute, embedding.weight.dtype)
+        kept.pop(pair.head, None)
+    fused = fuse_shared_inputs(model) if recipe.fuse else {}
+    seconds["apply"] = time.perf_counter() - start
+    return Report(
+        plan=bound,
+        layers=layers,
+        skipped={**kept, **bound.skipped, **context.skipped},
+        model_bytes_before=before,
+        model_bytes_after=model_bytes(model),
+        fused=fused,
+        seconds=seconds,
+    )
+
+
+def make_plan(
+    model: nn.Module, recipe: Recipe, calib: Sequence[Tensor] | None = None, progress: Progress | None = None
+) -> Plan:
+    """The plan that :func:`compress` would apply. Methods that prepare the model do so here too (same function, other
+    weights), so plan and compress the same model object, or load a fresh one for the second step.
+
+    Arguments and errors as :func:`compress`.
+    """
+    context, handler, kept = _open(model, recipe, calib, progress)
+    handler.prepare(context, None)
+    plan = handler.plan(context).bind(context.layers)
+    return Plan(plan.recipe, plan.layers, {**kept, **plan.skipped, **context.skipped}, plan.notes)
+
+
+def _open(
+    model: nn.Module, recipe: Recipe, calib: Sequence[Tensor] | None, progress: Progress | None
+) -> tuple[Context, Handler, dict[str, str]]:
+    """Everything that can be refused before any work."""
+    handler = handler_for(recipe)
+    found, refused = find_layers(model)
+    layers = [layer for layer in found if not matches(layer.name, recipe.ignore)]
+    kept = {**refused, **{layer.name: "ignored by the recipe" for layer in found if matches(layer.name, recipe.ignore)}}
+    if not layers:
+        raise ValueError(f"compress: model: expected at least one linear layer to compress, got none; kept: {kept}")
+    if missing := recipe.unmatched([layer.name for layer in found]):
+        raise ValueError(
+            f"compress: recipe {recipe.name}: per_layer: expected patterns that match layers of the model, "
+            f"got {missing}; it has e.g. {[layer.name for layer in found[:3]]}"
+        )
+    if handler.needs_calibration(recipe) or calib is not None:
+        check_calib(model, calib if calib is not None else ())
+    for layer in layers:
+        layer.weight()  # refuses NaN and Inf
+    model.eval()
+    context = Context(model, recipe, layers, calib or ())
+    if progress is not None:
+        context.progress = progress
+    return context, handler, kept
+
+
+class _CallablePackage(ModuleType):
+    """The class of this package's module object: calling the package calls :func:`compress`."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Report:
+        return compress(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

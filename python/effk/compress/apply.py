@@ -1,0 +1,157 @@
+"""Carry out a plan: compress every layer, replace its module, check the result, and keep account."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.wq import WqWeight
+from ..nn import WqLinear
+from .calibrate import LayerStats, stream_blocks
+from .embedding import replace
+from .layers import Layer
+from .plan import LayerPlan, Plan, outlier_count
+from .registry import Context, Handler
+from .report import LayerReport
+
+_CHECK_ROWS = 2  # rows of x in the self-check: enough to catch a packing error, cheap beside the compression itself
+_CHECK_CHUNK = 1024  # rows of W converted to float64 at once
+
+
+def apply_plan(context: Context, handler: Handler, plan: Plan) -> dict[str, LayerReport]:
+    """Replace every planned layer of ``context.model``; block by block when the handler reads statistics.
+
+    Each module is replaced as soon as it is compressed, so memory never exceeds the model plus one block, and later
+    blocks are calibrated on what the compressed ones before them produce.
+
+    Raises:
+        ValueError: the handler's weight contradicts the plan.
+        RuntimeError: the kernel and the stored weight disagree (the self-check).
+    """
+    planned = [layer for layer in context.layers if layer.name in plan.layers]
+    wanted = handler.statistics(context.recipe)
+    done: dict[str, LayerReport] = {}
+
+    def compress(layers: Sequence[Layer], stats: Mapping[str, LayerStats]) -> None:
+        for layer in layers:
+            entry = plan.layers[layer.name]
+            done[layer.name] = _compress_layer(context, handler, layer, entry, stats.get(layer.name))
+            context.progress("apply", len(done), len(planned))
+
+    context.progress("apply", 0, len(planned))
+    inside = [layer for layer in planned if layer.block is not None] if wanted else []
+    if inside:
+        for block in stream_blocks(context.model, inside, context.calib):
+            members = [layer for layer in inside if layer.block == block.name]
+            if members:
+                compress(members, block.statistics(members, wanted))
+    compress([layer for layer in planned if layer.name not in done], {})
+    return {layer.name: done[layer.name] for layer in planned}
+
+
+def _compress_layer(
+    context: Context, handler: Handler, layer: Layer, entry: LayerPlan, stats: LayerStats | None
+) -> LayerReport:
+    start = time.perf_counter()
+    dense = layer.weight()
+    weight = handler.quantize(context, layer, dense, entry, stats)
+    _check_against_plan(layer, entry, weight)
+    module = WqLinear.from_weight(weight, layer.module.bias, entry.compute)
+    restored = weight.dequantize()
+    _self_check(layer.name, module, restored)
+    replace(context.model, layer.name, module)
+    return LayerReport(
+        bits=weight.bits,
+        true_bits=weight.bits_per_weight(),
+        group_size=weight.group_size,
+        outliers=0 if weight.out_val is None else weight.out_val.numel(),
+        compute=entry.compute,
+        weights=dense.numel(),
+        bytes_before=entry.bytes_before,
+        bytes_after=weight.nbytes(),
+        error=_ratio((dense - restored).square().sum(), dense.square().sum()),
+        output_error=None if stats is None or stats.hessian is None else _output_error(dense, restored, stats.hessian),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _check_against_plan(layer: Layer, entry: LayerPlan, weight: WqWeight) -> None:
+    weight.validate()
+    got = {
+        "n": weight.n,
+        "k": weight.k,
+        "bits": weight.bits,
+        "group_size": weight.group_size,
+        "zeros": weight.zeros is not None,
+        "codebook": weight.codebook is not None,
+        "outliers": 0 if weight.out_val is None else weight.out_val.numel(),
+    }
+    expected = {
+        "n": layer.n,
+        "k": layer.k,
+        "bits": entry.bits,
+        "group_size": entry.group_size,
+        "zeros": entry.format == "asym",
+        "codebook": entry.format not in ("sym", "asym"),
+        "outliers": outlier_count(layer.n, layer.k, entry.outliers),
+    }
+    if got != expected:
+        raise ValueError(f"compress: {layer.name}: expected the planned {expected}, got {got}")
+
+
+def _self_check(name: str, module: WqLinear, restored: Tensor) -> None:
+    """Compare the float kernel on random x with the dequantised weight in float64.
+
+    Each output is a sum of at most 2 K products in fp32 (a dense and a sparse one per column), in a fixed order:
+    |error| <= (2 K + 4) 2^-24 sum |x w|, the 4 for the roundings of value, zero point, scale and result (Higham,
+    "Accuracy and Stability of Numerical Algorithms", section 3.1).
+    """
+    k = module.in_features
+    x = torch.randn(_CHECK_ROWS, k, generator=torch.Generator().manual_seed(0)).to(restored.device)
+    got = torch.ops.effk.wq_linear(x, *module._weight_args(), None, *module._geometry(), "float").double()
+    x = x.double()
+    for start in range(0, module.out_features, _CHECK_CHUNK):
+        rows = slice(start, start + _CHECK_CHUNK)
+        w = restored[rows].double()
+        expected = x @ w.t()
+        bound = (2 * k + 4) * 2.0**-24 * (x.abs() @ w.abs().t())
+        bad = ((got[:, rows] - expected).abs() > bound).any(0).nonzero()
+        if bad.numel():
+            row = int(bad[0])
+            raise RuntimeError(
+                f"compress: {name}: expected the kernel to match the stored weight, "
+                f"got {float(got[0, start + row]):.6g} instead of {float(expected[0, row]):.6g} in row {start + row}"
+            )
+
+
+def _output_error(dense: Tensor, restored: Tensor, hessian: Tensor) -> float:
+    difference = dense - restored
+    return _ratio(((difference @ hessian) * difference).sum(), ((dense @ hessian) * dense).sum())
+
+
+def _ratio(error: Tensor, reference: Tensor) -> float:
+    return float((error / reference).clamp_min(0).sqrt()) if float(reference) > 0 else float(error.clamp_min(0).sqrt())
+
+
+def model_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and persistent buffers; compressed layers count as they are stored, not as packed."""
+    compressed = {name: module for name, module in model.named_modules() if isinstance(module, WqLinear)}
+    total = sum(stored_bytes(module) for module in compressed.values())
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        tensors = list(module._parameters.values())
+        tensors += [b for key, b in module._buffers.items() if key not in module._non_persistent_buffers_set]
+        for tensor in [] if name in compressed else tensors:
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                total += tensor.numel() * tensor.element_size()
+    return total
+
+
+def stored_bytes(module: WqLinear) -> int:
+    """Bytes of a compressed layer in canonical form, bias included."""
+    bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
+    return module.to_weight().nbytes() + bias

@@ -1,0 +1,82 @@
+"""The token embedding in 8 bits, shared with the head where the two are tied.
+
+Every token reads the whole head. In a small model with compressed blocks that is most of the traffic: SmolLM2-135M has
+106 M weights in its blocks, 53 MB at 4 bits, and a 57 MB head in bf16. Eight bits halve it at an error of 0.6 %.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.wq import WqWeight
+from ..nn import WqEmbedding, WqTiedHead
+from .solvers.rtn import round_to_nearest
+
+GROUP_SIZE = 64  # on Gaussian rows of 576 the error is 0.59 %, with one scale a row 0.75 %, for 0.22 bits a weight
+
+
+@dataclass(frozen=True)
+class EmbeddingPair:
+    """A model's input embedding and, if it is tied, its head (both as module names).
+
+    Attributes:
+        embedding: name of the ``nn.Embedding``.
+        head: name of the head that shares its weight, or None.
+    """
+
+    embedding: str
+    head: str | None
+
+
+def find_embedding(model: nn.Module) -> tuple[EmbeddingPair | None, str]:
+    """The pair of ``model``, or None and the reason why it cannot be compressed."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None, "the model does not say which module embeds its tokens"
+    module = model.get_input_embeddings()
+    if type(module) is not nn.Embedding:
+        return None, f"the token embedding is a {type(module).__name__}, not a plain nn.Embedding"
+    if module.max_norm is not None:
+        return None, "the token embedding renormalises its rows"
+    users = [name for name, other in model.named_modules() if getattr(other, "weight", None) is module.weight]
+    name = next(name for name, other in model.named_modules() if other is module)
+    heads = [user for user in users if user != name]
+    if len(heads) > 1 or any(type(model.get_submodule(head)) is not nn.Linear for head in heads):
+        return None, f"the token embedding is shared with {', '.join(heads)}"
+    return EmbeddingPair(name, heads[0] if heads else None), ""
+
+
+def quantize_rows(weight: Tensor) -> WqWeight:
+    """8-bit symmetric codes of ``[N, K]`` in groups of 64; the extreme of a group is exact.
+
+    Raises:
+        ValueError: the weight holds NaN or Inf.
+    """
+    codes, grid = round_to_nearest(weight.detach().float(), 8, GROUP_SIZE, "signed_full")
+    return WqWeight.from_codes(codes, grid.scales, bits=8, group_size=GROUP_SIZE)
+
+
+def install_embedding(model: nn.Module, pair: EmbeddingPair, weight: WqWeight, compute: str, dtype: torch.dtype) -> None:
+    """Replace the pair's modules by :class:`WqEmbedding` (rows in ``dtype``) and :class:`WqTiedHead`."""
+    module = WqEmbedding.from_weight(weight, compute=compute).to(dtype)
+    replace(model, pair.embedding, module)
+    if pair.head is not None:
+        replace(model, pair.head, WqTiedHead(module, model.get_submodule(pair.head).bias))
+    untie(model)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at the dotted ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def untie(model: nn.Module) -> None:
+    """Drop transformers' own record of tied parameters that no longer exist, or it would look for them."""
+    if not hasattr(model, "all_tied_weights_keys"):
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    kept = {a: b for a, b in model.all_tied_weights_keys.items() if a in parameters and b in parameters}
+    model.all_tied_weights_keys = kept
