@@ -3,8 +3,9 @@
 Importing the package loads the op library, so that ``torch.ops.effk.<op>`` exists, and refuses to go on when the
 environment variable ``EFFK_ISA`` names a tier that this CPU does not have.
 
-``effk.ops`` documents the operations, ``effk.nn`` has modules, ``effk.compress`` compresses models, ``effk.load`` brings
-a compressed model back, ``effk.isa`` chooses instruction sets.
+``effk.ops`` documents the operations, ``effk.nn`` has modules, ``effk.compress`` compresses models, ``effk.save`` and
+``effk.load`` keep a compressed model, ``effk.isa`` chooses instruction sets. transformers' ``from_pretrained`` loads saved
+models too once this package is imported.
 """
 
 import importlib
@@ -18,22 +19,22 @@ torch.ops.load_library(Path(__file__).parent / "effk_ops.so")
 
 from . import isa, ops  # noqa: E402  (both need the library)
 
+from .hub import load, save  # noqa: E402
+from .hub.late_registration import register_with_transformers  # noqa: E402
+
+register_with_transformers()
+
 if TYPE_CHECKING:
-    from . import compress, formats, hub, nn
-    from .hub import load
+    from . import compress, formats, nn
 
 __version__ = version("effk")
-__all__ = ["compress", "formats", "hub", "isa", "load", "nn", "ops"]
+__all__ = ["compress", "formats", "hub", "isa", "load", "nn", "ops", "save"]
 
 # Imported when first used: transformers alone takes longer than everything above.
-_LAZY_MODULES = ("compress", "formats", "hub", "nn")
+_LAZY_MODULES = ("compress", "formats", "nn")
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY_MODULES:
         return importlib.import_module(f"{__name__}.{name}")
-    if name == "load":
-        from .hub import load
-
-        return load
     raise AttributeError(f"module 'effk' has no attribute {name!r}")

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..hub.record import PROVENANCE
 from .apply import apply_plan, model_bytes
 from .calibrate import check_calib
 from .embedding import find_embedding, install_embedding, quantize_rows
@@ -86,6 +87,7 @@ def compress(
         install_embedding(model, pair, quantize_rows(embedding.weight), recipe.compute, embedding.weight.dtype)
         kept.pop(pair.head, None)
     fused = fuse_shared_inputs(model) if recipe.fuse else {}
+    _mark(model, recipe)
     seconds["apply"] = time.perf_counter() - start
     return Report(
         plan=bound,
@@ -136,6 +138,18 @@ def _open(
     if progress is not None:
         context.progress = progress
     return context, handler, kept
+
+
+def _mark(model: nn.Module, recipe: Recipe) -> None:
+    """Note the recipe on the model, and tell transformers' own saving about it."""
+    setattr(model, PROVENANCE, recipe.to_json())
+    if "transformers" in sys.modules:
+        from transformers import PreTrainedModel
+
+        if isinstance(model, PreTrainedModel):
+            from ..hub.quantizer import adopt
+
+            adopt(model)
 
 
 class _CallablePackage(ModuleType):

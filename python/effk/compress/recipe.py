@@ -10,9 +10,12 @@ import dataclasses
 import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..formats.wq import BITS, normalize_group_size
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 COMPUTE_FORMS = ("float", "int8")
 

@@ -1,0 +1,165 @@
+"""effk as a quantisation method of transformers, so that ``from_pretrained`` and ``save_pretrained`` know our models.
+
+Loading: before weights are read, every compressed module of the (empty) model is replaced by a :class:`StoredWeight`, and
+the files' names, shapes, types and hash are compared with the config; afterwards the weights are checked and packed.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..compress.embedding import EmbeddingPair, install_embedding, replace, untie
+from ..compress.fuse import fuse_shared_inputs
+from ..nn import WqLinear
+from .checkpoint import check_file, read_header
+from .record import PROVENANCE, QUANT_METHOD, VERSION, check_record, describe
+from .stored import StoredWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..formats.wq import WqWeight
+
+_SAFETENSORS_DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
+    "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
+}  # fmt: skip
+
+
+@register_quantization_config(QUANT_METHOD)
+class EffkConfig(QuantizationConfigMixin):
+    """The record of :mod:`effk.hub.record` in the shape that transformers expects."""
+
+    def __init__(self, quant_method: str = QUANT_METHOD, **record: Any) -> None:
+        self.quant_method = quant_method
+        self.record = record
+        check_record(self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as a JSON object."""
+        return {"quant_method": self.quant_method, **copy.deepcopy(self.record)}
+
+
+@register_quantizer(QUANT_METHOD)
+class EffkQuantizer(HfQuantizer):
+    """Builds compressed modules while transformers loads a model; see the module's docstring."""
+
+    requires_calibration = True  # a plain model is compressed by effk.compress, not while loading
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        record = self.quantization_config.record
+        tied_to = dict(getattr(model, "all_tied_weights_keys", {}))
+        for name, fields in record["layers"].items():
+            _check_target(model, name, fields, transposed_ok=True)
+            replace(model, name, StoredWeight(fields, fields["n"] if fields["bias"] else None))
+        if (entry := record["embedding"]) is not None:
+            _check_target(model, entry["name"], entry, transposed_ok=False)
+            replace(model, entry["name"], StoredWeight(entry, None))
+            if entry["head"] is not None:
+                _check_target(model, entry["head"], entry, transposed_ok=False)
+                head = model.get_submodule(entry["head"])
+                head.weight = None  # the embedding's; only a bias is the head's own
+                if (head.bias is not None) != entry["head_bias"]:
+                    raise ValueError(f"load: {entry['head']}: expected head_bias {head.bias is not None}, got the opposite")
+        untie(model)
+        _check_files(model, record, checkpoint_files or (), optional=set(tied_to))
+        for module in model.modules():  # nothing is missing: only buffers that no file holds are still to be initialised
+            if not module._non_persistent_buffers_set:
+                module._is_hf_initialized = True
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        record = self.quantization_config.record
+        dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+        for name, fields in record["layers"].items():
+            stored = model.get_submodule(name)
+            replace(model, name, WqLinear.from_weight(_weight(name, stored), stored.bias, fields["compute"]))
+        if (entry := record["embedding"]) is not None:
+            weight = _weight(entry["name"], model.get_submodule(entry["name"]))
+            install_embedding(model, EmbeddingPair(entry["name"], entry["head"]), weight, entry["compute"], dtype)
+        if record["fuse"]:
+            fuse_shared_inputs(model)
+        setattr(model, PROVENANCE, record["recipe"])
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What ``save_pretrained`` writes: canonical tensors. ``effk.hub.save`` also replaces old files atomically."""
+        record, tensors = describe(model)
+        model.config.quantization_config = EffkConfig(**record)
+        return tensors, {}
+
+    def is_serializable(self) -> bool:
+        """Always: the canonical form is what ``save_pretrained`` writes."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can train on top: gradients flow to activations."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The layers trace without graph breaks."""
+        return True
+
+
+def adopt(model: PreTrainedModel) -> None:
+    """Make a model that was compressed in memory known as ours, so that its ``save_pretrained`` writes what loads again."""
+    empty = {"version": VERSION, "fuse": False, "recipe": None, "layers": {}, "embedding": None, "weights": None}
+    model.hf_quantizer = EffkQuantizer(EffkConfig(**empty))  # the record is made when the model is saved
+    model.is_quantized = True
+    model.quantization_method = QUANT_METHOD
+
+
+def _check_target(model: nn.Module, name: str, fields: dict[str, Any], transposed_ok: bool) -> None:
+    try:
+        weight = getattr(model.get_submodule(name), "weight", None)
+    except AttributeError:
+        weight = None
+    shape = (fields["n"], fields["k"])
+    if weight is None:
+        raise ValueError(f"load: {name}: expected a module with a weight in {type(model).__name__}, got none")
+    if tuple(weight.shape) != shape and not (transposed_ok and tuple(weight.shape) == shape[::-1]):
+        raise ValueError(f"load: {name}: expected the model's shape {list(weight.shape)}, got {list(shape)}")
+
+
+def _check_files(model: nn.Module, record: dict[str, Any], files: Sequence[str], optional: set[str]) -> None:
+    """Compare the files with the record and with what the model expects, before anything is read from them."""
+    if record["weights"] is not None:
+        if len(files) != 1:
+            raise ValueError(f"load: expected the one file {record['weights']['file']}, got {[Path(f).name for f in files]}")
+        check_file(Path(files[0]), record["weights"])
+    held: dict[str, tuple[tuple[int, ...], str]] = {}
+    for file in files:
+        held |= read_header(Path(file))
+    expected = model.state_dict()
+    missing = sorted(set(expected) - set(held) - optional)
+    unknown = sorted(set(held) - set(expected))
+    if missing or unknown:
+        raise ValueError(f"load: expected the tensors of the model, got {missing[:3]} missing and {unknown[:3]} unknown")
+    for prefix, module in model.named_modules():
+        for key, buffer in module._buffers.items() if isinstance(module, StoredWeight) else ():
+            if buffer is None:
+                continue
+            shape, dtype = held[f"{prefix}.{key}"]
+            if shape != tuple(buffer.shape) or (key != "bias" and _SAFETENSORS_DTYPES.get(dtype) != buffer.dtype):
+                raise ValueError(
+                    f"load: {prefix}.{key}: expected {buffer.dtype} {list(buffer.shape)}, got {dtype} {list(shape)}"
+                )
+
+
+def _weight(name: str, stored: StoredWeight) -> WqWeight:
+    try:
+        return stored.to_weight()
+    except ValueError as error:
+        raise ValueError(f"load: {name}: {error}") from None

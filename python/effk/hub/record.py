@@ -1,0 +1,132 @@
+"""The ``quantization_config`` of a saved model: which modules are compressed and how their tensors look.
+
+::
+
+    {"quant_method": "effk", "version": 1, "fuse": true, "recipe": {...},
+     "layers": {module: {"n", "k", "bits", "group_size", "scale_dtype", "zeros", "codebook", "outliers",
+                         "compute", "bias"}},
+     "embedding": {"name", "head", "head_bias", the fields above but "bias"} or null,
+     "weights": {"file", "bytes", "sha256"} or null}
+
+The tensors of a module are stored beside its other ones as ``<module>.qweight``, ``<module>.scales`` and so on, in the
+canonical form (:mod:`effk.formats.wq`). ``recipe`` tells how the model was made; loading does not need it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..formats.wq import state_shapes
+from ..nn import WqEmbedding, WqLinear, WqTiedHead
+
+QUANT_METHOD = "effk"
+VERSION = 1
+PROVENANCE = "_effk_recipe"  # attribute of a compressed model: the JSON record of its recipe
+_MODULE_FIELDS = {"compute", "bias"}
+_EMBEDDING_FIELDS = {"name", "head", "head_bias", "compute"}
+
+
+def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record of a compressed model (``weights`` null) and all tensors to store, on the CPU.
+
+    Parameters and buffers that several modules share are stored once, under their first name.
+
+    Raises:
+        ValueError: the model holds no compressed layer.
+    """
+    layers: dict[str, dict[str, Any]] = {}
+    embedding: dict[str, Any] | None = None
+    tensors: dict[str, Tensor] = {}
+    heads = {id(m._embedding): (name, m) for name, m in model.named_modules() if isinstance(m, WqTiedHead)}
+    skip: set[str] = set()
+    fused = False
+    for name, module in model.named_modules():
+        if isinstance(module, WqLinear):
+            weight = module.to_weight()
+            tensors |= {f"{name}.{key}": tensor for key, tensor in weight.to_state().items()}
+            skip |= {f"{name}.{key}" for key in module._buffers}
+            fields = weight.geometry() | {"compute": module.compute}
+            if isinstance(module, WqEmbedding):
+                head_name, head = heads.get(id(module), (None, None))
+                bias = None if head is None else head.bias
+                embedding = {"name": name, "head": head_name, "head_bias": bias is not None, **fields}
+                continue
+            layers[name] = fields | {"bias": module.bias is not None}
+            fused = fused or module._shared is not None
+            if module.bias is not None:
+                tensors[f"{name}.bias"] = module.bias
+    if not layers and embedding is None:
+        raise ValueError("save: model: expected a model with compressed layers, got none")
+    for name, tensor in (*model.named_parameters(), *_persistent_buffers(model)):
+        if name not in skip:
+            tensors[name] = tensor.detach()
+    record = {
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "fuse": fused,
+        "recipe": getattr(model, PROVENANCE, None),
+        "layers": layers,
+        "embedding": embedding,
+        "weights": None,
+    }
+    return record, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def check_record(record: Mapping[str, Any]) -> None:
+    """Check the whole record before anything is built from it.
+
+    Raises:
+        ValueError: naming the entry, what was expected and what came.
+    """
+    _expect("quant_method", record.get("quant_method"), record.get("quant_method") == QUANT_METHOD, f"{QUANT_METHOD!r}")
+    _expect("version", record.get("version"), record.get("version") == VERSION, f"{VERSION}")
+    _expect("fuse", record.get("fuse"), type(record.get("fuse")) is bool, "a boolean")
+    layers = record.get("layers")
+    _expect("layers", type(layers).__name__, isinstance(layers, dict), "an object")
+    for name, fields in layers.items():
+        _check_module(name, fields, _MODULE_FIELDS)
+        _expect(f"{name}.bias", fields["bias"], type(fields["bias"]) is bool, "a boolean")
+    embedding = record.get("embedding")
+    if embedding is not None:
+        _check_module("embedding", embedding, _EMBEDDING_FIELDS)
+        head = embedding["head"]
+        _expect("embedding.name", embedding["name"], isinstance(embedding["name"], str), "a module name")
+        _expect("embedding.head", head, head is None or isinstance(head, str), "a module name or null")
+        _expect("embedding.head_bias", embedding["head_bias"], type(embedding["head_bias"]) is bool, "a boolean")
+    weights = record.get("weights")
+    if weights is not None:
+        legal = isinstance(weights, dict) and {k: type(v) for k, v in weights.items()} == {
+            "file": str, "bytes": int, "sha256": str,
+        }  # fmt: skip
+        _expect("weights", weights, legal, "null or an object with file, bytes and sha256")
+
+
+def geometry_of(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The :meth:`WqWeight.geometry` part of a module's entry."""
+    return {key: value for key, value in fields.items() if key not in _MODULE_FIELDS | _EMBEDDING_FIELDS}
+
+
+def _check_module(name: str, fields: Any, extra: set[str]) -> None:
+    _expect(name, type(fields).__name__, isinstance(fields, dict) and extra <= set(fields), f"an object with {sorted(extra)}")
+    try:
+        state_shapes(geometry_of(fields))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"load: quantization_config: {name}: {error}") from None
+    _expect(f"{name}.compute", fields["compute"], fields["compute"] in ("float", "int8"), "'float' or 'int8'")
+
+
+def _expect(name: str, got: Any, ok: bool, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"load: quantization_config: {name}: expected {expected}, got {got!r}")
+
+
+def _persistent_buffers(model: nn.Module) -> list[tuple[str, Tensor]]:
+    transient = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    return [(name, buffer) for name, buffer in model.named_buffers() if name not in transient]

@@ -1,0 +1,33 @@
+"""Modules that hold a weight exactly as a file does, between the building of a model and the packing of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..formats.wq import WqWeight, state_shapes
+from .record import geometry_of
+
+
+class StoredWeight(nn.Module):
+    """The canonical tensors of one compressed module as buffers of their stored names, uninitialised.
+
+    A checkpoint loader fills them like any other tensors; :meth:`to_weight` then checks and returns the result. The module
+    does not compute.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], bias: int | None) -> None:
+        """``fields`` is a module's entry of the record; ``bias`` the length of a bias, or None."""
+        super().__init__()
+        self.geometry = geometry_of(fields)
+        for name, (shape, dtype) in state_shapes(self.geometry).items():
+            self.register_buffer(name, torch.empty(shape, dtype=dtype))
+        self.register_buffer("bias", None if bias is None else torch.empty(bias))
+
+    def to_weight(self) -> WqWeight:
+        """The weight; raises ValueError if what was loaded is not legal."""
+        state: dict[str, Tensor] = {name: buffer for name, buffer in self._buffers.items() if name != "bias"}
+        return WqWeight.from_state(state, self.geometry)
