@@ -39,18 +39,19 @@ inline std::string shape_text(const int64_t* sizes, int64_t dim) {
   return text + "]";
 }
 
-// A dense, contiguous CPU tensor of one of the dtypes and exactly this shape.
+// A dense, contiguous tensor on `home` of one of the dtypes and exactly this shape.
 template <int Dims>
-void expect(const Arg& arg, const View& t, std::initializer_list<int32_t> dtypes, const int64_t (&shape)[Dims]) {
+void expect(const Arg& arg, const View& t, std::initializer_list<int32_t> dtypes, const int64_t (&shape)[Dims],
+            const Home& home = kCpu) {
   bool dtype_ok = false;
   for (int32_t d : dtypes) dtype_ok |= t.dtype == d;
   bool shape_ok = t.dim == Dims;
   for (int i = 0; i < Dims && shape_ok; ++i) shape_ok = t.sizes[i] == shape[i];
-  if (__builtin_expect(dtype_ok && shape_ok && t.on_cpu && t.contiguous, 1)) return;
+  if (__builtin_expect(dtype_ok && shape_ok && t.home == home && t.contiguous, 1)) return;
 
   std::string expected;
   for (int32_t d : dtypes) expected += (expected.empty() ? "" : " or ") + dtype_name(d);
-  expected += " " + shape_text(shape, Dims) + ", contiguous, on cpu";
+  expected += " " + shape_text(shape, Dims) + ", contiguous, on " + home.text();
   arg.fail(expected, t.text());
 }
 

@@ -22,12 +22,17 @@ std::string dtype_name(int32_t dtype) {
   return "dtype " + std::to_string(dtype);
 }
 
-std::string View::text() const {
-  return dtype_name(dtype) + " " + shape_text(sizes, dim) + (contiguous ? ", contiguous" : ", not contiguous") +
-         (on_cpu ? ", on cpu" : ", on another device");
+std::string Home::text() const {
+  if (type == dtypes().cpu) return "cpu";
+  return (type == aoti_torch_device_type_cuda() ? "cuda:" : "device type " + std::to_string(type) + ":") + std::to_string(index);
 }
 
-Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
+std::string View::text() const {
+  return dtype_name(dtype) + " " + shape_text(sizes, dim) + (contiguous ? ", contiguous" : ", not contiguous") +
+         ", on " + home.text();
+}
+
+Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype, const Home& home) {
   constexpr int64_t kMaxDim = 64;  // torch's own limit
   int64_t strides[kMaxDim], step = 1;
   for (int64_t i = dim - 1; i >= 0; --i) {
@@ -35,7 +40,7 @@ Tensor empty(const int64_t* sizes, int64_t dim, int32_t dtype) {
     step *= sizes[i] > 1 ? sizes[i] : 1;
   }
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, dtypes().cpu, 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype, home.type, home.index, &handle));
   return Tensor(handle);
 }
 
