@@ -1,0 +1,116 @@
+"""`python -m bench`: measures an op against its competitors, or judges earlier runs against the speed bars.
+
+Nothing heavy is imported before the cores are chosen and the thread counts set: libraries read them once.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+OPS = ("wq_linear", "runtime")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    """"1,4,32" as numbers."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers with commas between them, got {text!r}") from None
+
+
+def pin(threads: int) -> None:
+    """Binds the process to the first `threads` cores and tells every library to use as many threads."""
+    from . import machine
+
+    chosen = machine.cores(threads)
+    for name in THREAD_VARIABLES:
+        os.environ[name] = str(threads)
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, chosen)
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(False)
+
+
+@app.command()
+def main(
+    op: Annotated[str, typer.Option(help="What to measure: " + " or ".join(OPS) + ".")] = "wq_linear",
+    quick: Annotated[bool, typer.Option("--quick", help="Two shapes, three batches: about a minute.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads, pinned to as many cores.")] = 1,
+    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write one JSON object per row here.")] = None,
+    isa: Annotated[str, typer.Option(help="Tier of ours; default: the best one, and avx2 beside it.")] = "",
+    m: Annotated[str, typer.Option(help="Rows of x, e.g. 1,4,32.")] = "",
+    bits: Annotated[str, typer.Option(help="Widths of the weight, e.g. 4,3.")] = "",
+    compute: Annotated[str, typer.Option(help="Forms of ours: int8,float.")] = "",
+    shape: Annotated[str, typer.Option(help="Shapes NxK of the standard set, e.g. 4096x4096,1536x576.")] = "",
+    baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure competitors too.")] = True,
+    model: Annotated[Optional[list[Path]], typer.Option(help="runtime: folders written by `effk compress`.")] = None,
+    bars: Annotated[Optional[list[Path]], typer.Option(help="Measure nothing: judge the rows of these files.")] = None,
+) -> None:
+    """Measures OP and prints a table; every figure is of this run on this machine."""
+    console = Console(width=None if Console().is_terminal else 200)
+    if bars:
+        from . import bars as judge
+
+        raise typer.Exit(judge.report(bars, console))
+    if op not in OPS:
+        raise typer.BadParameter(f"--op: expected one of {', '.join(OPS)}, got {op!r}")
+    try:
+        pin(threads)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from None
+    if op == "runtime":
+        from . import model as runtime
+
+        rows = runtime.run(threads, quick, model or [], console)
+        from .report import write_jsonl
+
+        if json_file:
+            write_jsonl(json_file, rows)
+        return
+    linear(quick, threads, json_file, isa, m, bits, compute, shape, baselines, console)
+
+
+def linear(quick: bool, threads: int, json_file: Path | None, isa: str, m: str, bits: str, compute: str, shape: str,
+           baselines: bool, console: Console) -> None:
+    """The wq_linear table."""
+    import effk
+
+    from . import measure, report, shapes
+
+    tiers = (isa,) if isa else tuple(dict.fromkeys((effk.isa.supported()[-1], "avx2")))
+    for tier in tiers:
+        if tier not in effk.isa.supported():
+            raise typer.BadParameter(f"--isa: expected one of {', '.join(effk.isa.supported())}, got {tier!r}")
+    chosen = shapes.LINEAR_QUICK if quick else shapes.LINEAR
+    if shape:
+        names = {str(s): s for s in shapes.LINEAR}
+        if unknown := [s for s in shape.split(",") if s not in names]:
+            raise typer.BadParameter(f"--shape: expected some of {', '.join(names)}, got {', '.join(unknown)}")
+        chosen = tuple(names[s] for s in shape.split(","))
+    widths = integers(bits) if bits else shapes.BITS
+    forms = tuple(compute.split(",")) if compute else shapes.FORMS
+    for name, given, legal in (("bits", widths, shapes.BITS), ("compute", forms, shapes.FORMS)):
+        if not set(given) <= set(legal):
+            raise typer.BadParameter(f"--{name}: expected some of {legal}, got {given}")
+    ms = integers(m) if m else shapes.MS_QUICK if quick else shapes.MS
+    plan = measure.Plan(chosen, ms, threads, tiers, widths, forms, wait_s=5.0 if quick else measure.QUIET_WAIT_S,
+                        turns=3 if quick else 5, baselines=baselines)
+    with console.status("measuring") as status:
+        result = measure.run(plan, lambda text: (status.update(text), console.log(text)))
+    if json_file:
+        report.write_jsonl(json_file, [*measure.machine_rows(result), *result.rows, *measure.missing_rows(result, threads)])
+    report.print_run(result, console)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m bench")

@@ -1,0 +1,189 @@
+"""Rows, their JSON lines and the printed table, for every op."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+OURS = "effk"
+COLD, WARM = "cold", "warm"
+
+
+@dataclass
+class Row:
+    """One measured case. The fields up to `match` are the JSON schema; the rest is for the printed table.
+
+    us: median microseconds of one product; us_iqr: interquartile range. gbps: bytes of the weight over us. gflops: 2 M N K over us.
+    roofline: least possible time (bytes over measured bandwidth, or operations over measured peak) over us. vs_best: time of
+    the fastest competitor of the same shape and bits over ours. match: largest error over its bound; at most 1 is right.
+    """
+
+    op: str
+    case: str
+    shape: dict[str, float]
+    dtype: str
+    isa: str
+    threads: int
+    backend: str
+    version: str
+    us: float | None
+    us_iqr: float | None
+    gbps: float | None
+    gflops: float | None
+    roofline: float | None
+    vs_best: float | None
+    match: float | None
+    best_us: float | None = field(default=None, metadata={"json": False})
+    warm_us: float | None = field(default=None, metadata={"json": False})
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is a row of this project."""
+        return self.backend.startswith(OURS)
+
+    @property
+    def valid(self) -> bool:
+        """A row without a match, or with one above 1, is not a result."""
+        return self.match is not None and self.match <= 1
+
+    def to_json(self) -> dict:
+        """The fields of the schema, in order; figures to five digits, what is not finite as null."""
+        skip = {name for name, f in self.__dataclass_fields__.items() if f.metadata.get("json") is False}
+        return {name: _rounded(value) for name, value in asdict(self).items() if name not in skip}
+
+
+SCHEMA = ("op", "case", "shape", "dtype", "isa", "threads", "backend", "version", "us", "us_iqr", "gbps", "gflops", "roofline",
+          "vs_best", "match")
+
+
+def _rounded(value: object) -> object:
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
+    """One JSON object a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row.to_json()) + "\n" for row in rows))
+
+
+def read_jsonl(path: Path) -> list[Row]:
+    """Rows of a file written by `write_jsonl`. ValueError with the line for anything else."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        data = json.loads(line)
+        if tuple(data) != SCHEMA:
+            raise ValueError(f"{path}:{number}: expected the keys {list(SCHEMA)}, got {list(data)}")
+        rows.append(Row(**data))
+    return rows
+
+
+def set_vs_best(rows: Sequence[Row]) -> None:
+    """Fills vs_best of our cold rows from the valid cold rows of competitors: same op, threads, M, N, K (or T, d) and bits."""
+    best: dict[tuple, float] = {}
+    for row in rows:
+        if not row.ours and row.valid and row.us and not row.case.endswith(WARM):
+            best[_class(row)] = min(row.us, best.get(_class(row), math.inf))
+    for row in rows:
+        if row.ours and row.us and not row.case.endswith(WARM) and _class(row) in best:
+            row.vs_best = best[_class(row)] / row.us
+
+
+def _class(row: Row) -> tuple:
+    fixed = tuple((k, v) for k, v in sorted(row.shape.items()) if k not in ("group", "outliers"))
+    return row.op, row.threads, fixed
+
+
+def best_competitor(rows: Sequence[Row], like: Row) -> Row | None:
+    """The competitor behind vs_best of `like`."""
+    field_ = [r for r in rows if not r.ours and r.valid and r.us and not r.case.endswith(WARM) and _class(r) == _class(like)]
+    return min(field_, key=lambda r: r.us, default=None)
+
+
+def geomean(values: Sequence[float]) -> float:
+    """Geometric mean; NaN for none."""
+    return statistics.geometric_mean(values) if values else math.nan
+
+
+def figure(value: float | None, digits: int = 3) -> str:
+    """A number with that many significant digits, "-" for none."""
+    if value is None or not math.isfinite(value):
+        return "-"
+    return f"{value:.{digits}g}" if abs(value) < 10 ** digits else f"{value:.0f}"
+
+
+COLUMNS = ("shape", "backend", "case", "isa", "thr", "median us", "iqr", "min", "warm", "GB/s", "GFLOP/s", "% roof", "x best", "match")
+
+
+def cells(row: Row) -> list[str]:
+    """The table's text for a row."""
+    s = row.shape
+    shape = f"M={s['M']} {s['N']}x{s['K']} {s['bits']}b" if "bits" in s else " ".join(f"{k}={v}" for k, v in s.items())
+    roof = None if row.roofline is None else 100 * row.roofline
+    match = figure(row.match, 2) if row.valid else f"WRONG {figure(row.match, 2)}"
+    return [shape, f"{row.backend} {row.version}".strip(), row.case, row.isa, str(row.threads), figure(row.us, 4),
+            figure(row.us_iqr, 2), figure(row.best_us, 4), figure(row.warm_us, 4), figure(row.gbps), figure(row.gflops, 4),
+            figure(roof), figure(row.vs_best), match]
+
+
+def print_table(rows: Sequence[Row], console: Console, title: str) -> None:
+    """The full table, one line a row; rows whose output is wrong are marked."""
+    table = Table(title=title, title_justify="left")
+    for name in COLUMNS:
+        table.add_column(name, justify="left" if name in ("shape", "backend", "case", "isa") else "right",
+                         overflow="fold", no_wrap=name == "shape")
+    previous = None
+    for row in rows:
+        group = (row.shape.get("M"), row.shape.get("N"), row.shape.get("K"))
+        if previous not in (None, group):
+            table.add_section()
+        previous = group
+        table.add_row(*cells(row), style="bold" if row.ours else None if row.valid else "red")
+    console.print(table)
+
+
+def print_summary(rows: Sequence[Row], console: Console) -> None:
+    """Per case of ours: geometric means over the shapes with the worst shape named."""
+    table = Table(title="Geometric mean over shapes (worst)", title_justify="left")
+    for name in ("case", "isa", "bits", "M", "% roof", "x best competitor"):
+        table.add_column(name, justify="left" if name in ("case", "isa") else "right")
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if row.ours and "N" in row.shape and row.valid and not row.case.endswith(WARM):
+            groups.setdefault((row.case, row.isa, row.shape["bits"], row.shape["M"]), []).append(row)
+    for key, members in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1], -item[0][2], item[0][3])):
+        table.add_row(*map(str, key), _mean_and_worst(members, "roofline", 100), _mean_and_worst(members, "vs_best", 1))
+    console.print(table)
+
+
+def _mean_and_worst(rows: Sequence[Row], name: str, factor: float) -> str:
+    have = [(getattr(r, name) * factor, f"{r.shape['N']}x{r.shape['K']}") for r in rows if getattr(r, name)]
+    if not have:
+        return "-"
+    worst, where = min(have)
+    return f"{figure(geomean([v for v, _ in have]))} ({figure(worst)} at {where})"
+
+
+def print_run(result: object, console: Console) -> None:
+    """Table, missing baselines, summary and conditions of a `measure.Result`."""
+    m = result.machine
+    cold = [row for row in result.rows if not row.case.endswith(WARM)]
+    order = {(row.shape["N"], row.shape["K"], row.shape["M"]): i for i, row in reversed(list(enumerate(cold)))}
+    cold.sort(key=lambda r: (order[r.shape["N"], r.shape["K"], r.shape["M"]], r.shape["bits"], not r.ours, r.us))
+    print_table(cold, console, f"{cold[0].op}, {m.threads} thread{'s' * (m.threads > 1)}, cold weights" if cold else "no rows")
+    for name, reason in result.missing.items():
+        console.print(f"missing: {name}: {reason}")
+    print_summary(cold, console)
+    peaks = ", ".join(f"{what} {figure(max(by.values()), 4)}" for what, by in m.peaks.items())
+    console.print(f"{m.cpu}; {m.threads} pinned; DRAM read {figure(statistics.median(result.dram))} GB/s "
+                  f"({figure(min(result.dram))}-{figure(max(result.dram))} over the run); peaks GFLOP/s: {peaks}; "
+                  f"rotation {m.rotation_bytes >> 20} MiB; foreign CPU median {statistics.median(result.foreign):.1%}, "
+                  f"worst block {max(result.foreign):.1%} of a core")

@@ -1,0 +1,114 @@
+"""Fair timing on a shared machine: backends take turns, so that drift hits all; foreign CPU time is watched."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import psutil
+
+TURN_S = 0.025  # of one backend; long against a call, short against the drift of a shared host
+TURNS = 5
+PAUSE_S = 0.004  # before a turn: the worker threads of the backend before it stop spinning
+LONG_CALL_S = 0.02  # from here on a call is its own warm-up
+LONG_CALLS = 3  # of which this many are enough: each goes over a whole rotation of weights
+FOREIGN_LIMIT = 0.04  # share of a core; blocks with more are measured again
+QUIET_SHARE = 0.06  # of a core, over QUIET_STEP_S, counts as quiet
+QUIET_STEP_S = 0.5
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time."""
+
+    call: Callable[[], None]
+    products: int = 1  # done by one call
+    activate: Callable[[], None] = lambda: None  # before each turn, not timed
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds of one product over many calls."""
+
+    us: float  # median
+    iqr: float
+    best: float
+    calls: int
+
+
+def summary(samples: Sequence[float]) -> Timing:
+    """Median, interquartile range and minimum of times in microseconds."""
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive") if len(samples) > 1 else samples * 3
+    return Timing(middle, high - low, min(samples), len(samples))
+
+
+def turn(contender: Contender, seconds: float, long_call: bool) -> list[float]:
+    """One backend's turn: microseconds per product of each call, one untimed call first unless calls are long."""
+    time.sleep(PAUSE_S)
+    contender.activate()
+    call = contender.call
+    if not long_call:
+        call()
+    samples = []
+    now = time.perf_counter_ns
+    end = now() + int(seconds * 1e9)
+    while True:
+        start = now()
+        call()
+        stop = now()
+        samples.append((stop - start) / 1e3 / contender.products)
+        if stop >= end:
+            return samples
+
+
+def take_turns(contenders: Mapping[str, Contender], turns: int = TURNS, seconds: float = TURN_S) -> dict[str, list[float]]:
+    """Samples of each contender; every round starts with another one."""
+    names = list(contenders)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for r in range(turns):
+        for name in names[r % len(names) :] + names[: r % len(names)]:
+            mine = samples[name]
+            long_call = bool(mine) and min(mine) * contenders[name].products > LONG_CALL_S * 1e6
+            if long_call and len(mine) >= LONG_CALLS:
+                continue
+            mine += turn(contenders[name], seconds, long_call)
+    return samples
+
+
+class ForeignCpu:
+    """CPU time that other processes use, as a share of one core."""
+
+    def __init__(self) -> None:
+        self._process = psutil.Process()
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts counting."""
+        self._wall, self._busy, self._own = time.perf_counter(), _busy(), self._own_time()
+
+    def share(self) -> float:
+        """Of one core, since the last restart; never negative. The system counts in steps of 10 ms."""
+        foreign = _busy() - self._busy - (self._own_time() - self._own)
+        return max(0.0, foreign / max(time.perf_counter() - self._wall, 1e-9))
+
+    def wait_for_quiet(self, limit_s: float) -> float:
+        """Sleeps until others use less than QUIET_SHARE of a core, at most limit_s; returns the seconds waited."""
+        start = time.perf_counter()
+        while time.perf_counter() - start < limit_s:
+            self.restart()
+            time.sleep(QUIET_STEP_S)
+            if self.share() < QUIET_SHARE:
+                break
+        return time.perf_counter() - start
+
+    def _own_time(self) -> float:
+        times = self._process.cpu_times()
+        return times.user + times.system
+
+
+def _busy() -> float:
+    """Seconds of CPU time that all cores together have worked, without idling, waiting or being stolen."""
+    times = psutil.cpu_times()
+    return sum(getattr(times, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq"))
