@@ -3,9 +3,10 @@
 //
 // One idea serves all forms: a step is a 64-byte weight operand for 16 rows and a 32-bit operand of x, broadcast. Forms
 // differ in how a unit of 64 codes becomes operands (`expand`) and in what a step does with them.
-//   gemv  unpacks in registers and uses each operand for up to four rows of x at once. Bound: weight bytes / bandwidth.
-//   gemm  expands one span (<= 128 k) of a pair of tiles into a panel in L1 and runs a register-blocked loop of
-//         block_rows x 2 tiles over it for every row block. Bound: multiply-add rate; per span 4 operations an output.
+//   gemv  one to four rows of x, results in registers over all of K. Bound: weight bytes / bandwidth.
+//   gemm  span by span (<= 128 k), a register block of up to 8 rows x 2 tiles for each row block. Codes are unpacked in
+//         registers again for each block: beside 16 multiply-adds a unit that is nearly free, and cheaper than writing a
+//         panel and reading it back; only table look-ups of a whole weight go through a panel. Bound: multiply-add rate.
 #pragma once
 #include <cmath>
 #include <cstring>
@@ -26,27 +27,24 @@ template <int N, int I = 0, class F> EFFK_INLINE void unroll(const F& f) {
   if constexpr (I < N) { f(Index<I>()); unroll<N, I + 1>(f); }
 }
 
-// Calls f(Index<u>, codes) for each unit u of a chunk: 64 codes, one per byte.
-template <int Bits, class F> EFFK_INLINE void each_unit(const uint8_t* p, const F& f) {
-  if constexpr (Bits == 8) {
-    f(Index<0>(), load_unit(p));
-  } else if constexpr (Bits == 4) {
-    const vi v = load_unit(p), low = set_i(0x0f0f0f0f);
-    f(Index<0>(), bits_and(v, low));
-    f(Index<1>(), bits_and(shift_right<4>(v), low));
-  } else if constexpr (Bits == 2) {
-    const vi v = load_unit(p), low = set_i(0x03030303);
-    unroll<4>([&](auto u) { f(u, bits_and(shift_right<2 * u>(v), low)); });
-  } else {
-    const vi lo0 = load_unit(p), lo1 = load_unit(p + 64), hi = load_unit(p + 128), low = set_i(0x03030303), top = set_i(0x04040404);
-    unroll<8>([&](auto u) {
-      const vi lo = bits_and(shift_right<2 * (u % 4)>(u < 4 ? lo0 : lo1), low);
-      vi h;
-      if constexpr (u < 2) h = shift_left<2 - u>(hi); else h = shift_right<u - 2>(hi);
-      f(u, and_or(h, top, lo));
-    });
+// One chunk as loaded, and unit U of it: 64 codes, one per byte.
+template <int Bits> struct Chunk { vi line[t16::chunk_bytes(Bits) / 64]; };
+template <int Bits> EFFK_INLINE Chunk<Bits> load_chunk(const uint8_t* p) {
+  Chunk<Bits> c;
+  unroll<t16::chunk_bytes(Bits) / 64>([&](auto i) { c.line[i] = load_unit(p + 64 * i); });
+  return c;
+}
+template <int Bits, int U> EFFK_INLINE vi unit_of(const Chunk<Bits>& c) {
+  if constexpr (Bits == 8) return c.line[0];
+  else if constexpr (Bits == 4) return bits_and(shift_right<4 * U>(c.line[0]), set_i(0x0f0f0f0f));
+  else if constexpr (Bits == 2) return bits_and(shift_right<2 * U>(c.line[0]), set_i(0x03030303));
+  else {
+    const vi low = bits_and(shift_right<2 * (U % 4)>(c.line[U / 4]), set_i(0x03030303)), top = set_i(0x04040404);
+    if constexpr (U < 2) return and_or(shift_left<2 - U>(c.line[2]), top, low);
+    else return and_or(shift_right<U - 2>(c.line[2]), top, low);
   }
 }
+template <int Bits> constexpr int kUnits = t16::chunk_k(Bits) / 4;
 
 // Constants of one weight, prepared once per kernel call.
 struct Codes {
@@ -145,28 +143,36 @@ inline Codes codes_of(const WqWeight& w, Form form) {
   return c;
 }
 
-// Scales and zero points of (tile, span); vectors of 16 rows.
+// Scales and zero points of (tile, span); vectors of 16 rows. Half a cache line a span is too slow a stream for hardware
+// prefetchers: without asking for the next tile's line here, a fixed 35 us of a 4096 x 4096 product is waiting for scales.
 EFFK_INLINE vf scales_of(const WqWeight& w, int64_t tile, int64_t group, int64_t groups) {
   const int64_t at = (tile * groups + group) * 16;
+  prefetch(static_cast<const char*>(w.scales) + (at + groups * 16) * (w.scales_f32 ? 4 : 2));
   return w.scales_f32 ? load_f32(static_cast<const float*>(w.scales) + at) : load_f16(static_cast<const uint16_t*>(w.scales) + at);
 }
 EFFK_INLINE Zeros zeros_of(const WqWeight& w, int64_t tile, int64_t group, int64_t groups) {
   Zeros z{zero_i(), zero_f(), nullptr};
   if (w.zeros) {
-    z.i = load_u8(w.zeros + (tile * groups + group) * 16);
+    const uint8_t* p = w.zeros + (tile * groups + group) * 16;
+    prefetch(p + groups * 16);
+    z.i = load_u8(p);
     z.f = to_float(sub_i(z.i, set_i(1 << (w.bits - 1))));
   }
   if (w.codebook_per_row) z.codebook = w.codebook + tile * (int64_t(16) << w.bits);
   return z;
 }
 
-// K as spans; a span's chunks are contiguous.
-struct Span { int64_t index, group, chunk; int chunks, steps; int64_t step; };
-template <class D> EFFK_INLINE Span span_of(const WqWeight& w, const Rows& r, int64_t h) {
-  const int ck = t16::chunk_k(w.bits);
-  const int64_t k0 = h * r.span, k1 = k0 + r.span < w.k ? k0 + r.span : w.k;
-  const int chunks = int((k1 - k0 + ck - 1) / ck);
-  return {h, w.group ? k0 / w.group : 0, k0 / ck, chunks, chunks * (ck / 4) * D::kSteps, k0 / 4 * D::kSteps};
+// K as spans of full_chunks chunks (the last may be shorter). Divisions are done once: at 2 bits a span lasts 50 cycles.
+struct Spans {
+  int full_chunks, last_chunks, group_shift;
+  int64_t count;
+  int chunks(int64_t h) const { return h + 1 < count ? full_chunks : last_chunks; }
+  int64_t group(int64_t h) const { return h >> group_shift; }
+};
+template <int Bits> EFFK_INLINE Spans spans_of(const WqWeight& w, const Rows& r) {
+  constexpr int ck = t16::chunk_k(Bits);
+  const int last = int((w.k - (r.spans - 1) * r.span + ck - 1) / ck);
+  return {r.span / ck, last, w.group == 0 ? 62 : w.group > r.span ? 1 : 0, r.spans};
 }
 
 // ---- preparing x ------------------------------------------------------------------------------------------------------
@@ -222,16 +228,15 @@ inline Quantised quantise_span(const float* x, int padded, int8_t* q) {
 
 template <Form F> void prepare(const void* x, DType dtype, int block, const Rows& r) {
   const int rows = r.rows_in(block);
-  const int64_t row0 = int64_t(block) * r.block_rows, steps = r.kpad / 4 * wq::steps_per_unit(F);
-  int32_t* data = r.data + row0 * steps;
+  const int64_t row0 = r.first_row(block);
   for (int m = 0; m < rows; ++m) {
     const char* row = static_cast<const char*>(x) + (row0 + m) * r.k * width(dtype);
     for (int64_t h = 0; h < r.spans; ++h) {
-      const int64_t k0 = h * r.span, at = row0 * r.spans + h * rows + m;
+      const int64_t k0 = h * r.span, at = r.scale_at(block, h) + m;
       const int count = int(r.k - k0 < r.span ? r.k - k0 : r.span);
       alignas(64) float value[t16::kMaxActGroup];
       const int padded = load_span(row + k0 * width(dtype), dtype, count, value);
-      int32_t* out = data + k0 / 4 * wq::steps_per_unit(F) * rows + m;
+      int32_t* out = r.data + r.data_at(block, h, wq::steps_per_unit(F)) + m;
       if constexpr (F == Form::int8) {
         alignas(64) int32_t word[t16::kMaxActGroup / 4];
         const Quantised q = quantise_span(value, padded, reinterpret_cast<int8_t*>(word));
@@ -333,56 +338,74 @@ inline void finish_tile(const Tile& t, int64_t tile, int64_t m0, int rows, float
 // Prefetch distance in bytes on the weight stream of each tile: tuned on Zen 5 (1 and 2 threads, 2 to 8 bits).
 constexpr int kPrefetch = 2048;
 
+// The inner loop: MR rows of x times one span of NT tiles, into acc. Exact sums may be split into parts to shorten chains.
+template <class D, int Bits, int MR, int NT, int Parts>
+EFFK_INLINE void dot_span(typename D::Acc (&acc)[MR][NT][Parts], const uint8_t* const* tile, int chunks, const int32_t* x, const Codes& codes,
+                          const Zeros* z) {
+  for (int c = 0; c < chunks; ++c) {
+    Chunk<Bits> chunk[NT];
+    unroll<NT>([&](auto i) {
+      const uint8_t* p = tile[i] + c * t16::chunk_bytes(Bits);
+      chunk[i] = load_chunk<Bits>(p);
+      unroll<t16::chunk_bytes(Bits) / 64>([&](auto line) { prefetch(p + kPrefetch + 64 * line); });
+    });
+    unroll<kUnits<Bits>>([&](auto u) {
+      vi unit[NT];
+      unroll<NT>([&](auto i) { unit[i] = unit_of<Bits, u>(chunk[i]); });
+      unroll<D::kSteps>([&](auto st) {
+        vi w[NT];
+        unroll<NT>([&](auto i) { w[i] = D::template expand<Bits, st>(unit[i], codes, z[i]); });
+        unroll<MR>([&](auto m) {
+          const vi xv = broadcast(x + (u * D::kSteps + st) * MR + m);
+          unroll<NT>([&](auto i) { acc[m][i][u % Parts] = D::step(acc[m][i][u % Parts], w[i], xv); });
+        });
+      });
+    });
+    x += kUnits<Bits> * D::kSteps * MR;
+  }
+}
+
+// Tiles beyond the last one repeat it: their results are dropped, and no second set of kernels is needed for the remainder.
+template <int NT> EFFK_INLINE int64_t tile_index(const Tile& t, int i) { return t.tile + (i < t.tiles ? i : t.tiles - 1); }
+
 template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t) {
   const WqWeight& w = *t.w;
   const Rows& r = *t.rows;
   const Codes codes = codes_of(w, D::kForm);
   const int64_t groups = t16::groups(w.k, w.group), tile_bytes = t16::chunks(w.k, Bits) * t16::chunk_bytes(Bits);
-  constexpr int kParts = D::kForm == Form::int8 && MR * NT < 4 ? 2 : 1;  // exact sums may be split to shorten the chains
-  vf y[NT][MR];
-  for (int i = 0; i < NT; ++i) for (int m = 0; m < MR; ++m) y[i][m] = zero_f();
-  const uint8_t* base = w.packed + t.tile * tile_bytes;
-  for (int64_t h = 0; h < r.spans; ++h) {
-    const Span s = span_of<D>(w, r, h);
-    typename D::Acc acc[NT][MR][kParts];
+  constexpr int kParts = D::kForm == Form::int8 && MR * NT <= 4 ? 2 : 1;
+  vf y[MR][NT];
+  unroll<MR>([&](auto m) { unroll<NT>([&](auto i) { y[m][i] = zero_f(); }); });
+  const Spans spans = spans_of<Bits>(w, r);
+  const uint8_t* p[NT];
+  unroll<NT>([&](auto i) { p[i] = w.packed + tile_index<NT>(t, i) * tile_bytes; });
+  const int32_t* x = r.data;
+  for (int64_t h = 0; h < spans.count; ++h) {
+    const int chunks = spans.chunks(h);
+    const int64_t group = spans.group(h);
+    typename D::Acc acc[MR][NT][kParts];
     Zeros z[NT];
-    for (int i = 0; i < NT; ++i) {
-      z[i] = zeros_of(w, t.tile + i, s.group, groups);
-      for (int m = 0; m < MR; ++m) {
-        acc[i][m][0] = D::init(w, codes, z[i], r.sum ? r.sum[h * MR + m] : 0);
-        for (int p = 1; p < kParts; ++p) acc[i][m][p] = typename D::Acc{};
-      }
-    }
-    const int32_t* x = r.data + s.step * MR;
-    const uint8_t* p = base + s.chunk * t16::chunk_bytes(Bits);
-    for (int c = 0; c < s.chunks; ++c) {
-      unroll<NT>([&](auto i) {
-        const uint8_t* q = p + i * tile_bytes;
-        for (int line = 0; line < t16::chunk_bytes(Bits); line += 64) prefetch(q + kPrefetch + line);
-        each_unit<Bits>(q, [&](auto u, vi unit) {
-          unroll<D::kSteps>([&](auto st) {
-            const vi wv = D::template expand<Bits, st>(unit, codes, z[i]);
-            for (int m = 0; m < MR; ++m)
-              acc[i][m][u % kParts] = D::step(acc[i][m][u % kParts], wv, broadcast(x + (u * D::kSteps + st) * MR + m));
-          });
-        });
+    unroll<NT>([&](auto i) {
+      z[i] = zeros_of(w, tile_index<NT>(t, i), group, groups);
+      unroll<MR>([&](auto m) {
+        acc[m][i][0] = D::init(w, codes, z[i], r.sum[h * MR + m]);
+        if constexpr (kParts == 2) acc[m][i][1] = zero_i();
       });
-      p += t16::chunk_bytes(Bits);
-      x += t16::chunk_k(Bits) / 4 * D::kSteps * MR;
-    }
-    for (int i = 0; i < NT; ++i) {
-      const vf scale = scales_of(w, t.tile + i, s.group, groups);
-      for (int m = 0; m < MR; ++m) {
-        if constexpr (kParts == 2) acc[i][m][0] = add_i(acc[i][m][0], acc[i][m][1]);
-        y[i][m] = D::finish(acc[i][m][0], w, z[i], scale, r.scale ? r.scale[h * MR + m] : 1.0f, r.sum ? r.sum[h * MR + m] : 0, y[i][m]);
-      }
-    }
+    });
+    dot_span<D, Bits, MR, NT, kParts>(acc, p, chunks, x, codes, z);
+    x += chunks * kUnits<Bits> * D::kSteps * MR;
+    unroll<NT>([&](auto i) {
+      p[i] += chunks * t16::chunk_bytes(Bits);
+      const vf scale = scales_of(w, tile_index<NT>(t, i), group, groups);
+      unroll<MR>([&](auto m) {
+        if constexpr (kParts == 2) acc[m][i][0] = add_i(acc[m][i][0], acc[m][i][1]);
+        y[m][i] = D::finish(acc[m][i][0], w, z[i], scale, r.scale[h * MR + m], r.sum[h * MR + m], y[m][i]);
+      });
+    });
   }
-  for (int i = 0; i < NT; ++i) {
-    alignas(64) float out[MR * 16];
-    for (int m = 0; m < MR; ++m) store_f32(out + m * 16, y[i][m]);
-    finish_tile(t, t.tile + i, 0, MR, out);
-  }
+  alignas(64) float out[NT][MR * 16];
+  unroll<NT>([&](auto i) { unroll<MR>([&](auto m) { store_f32(out[i] + m * 16, y[m][i]); }); });
+  for (int i = 0; i < t.tiles; ++i) finish_tile(t, t.tile + i, 0, MR, out[i]);
 }
 
 template <class D, int Bits, int NT> void gemv_rows(const Tile& t) {
@@ -393,7 +416,7 @@ template <class D, int Bits, int NT> void gemv_rows(const Tile& t) {
     default: return gemv_tiles<D, Bits, 4, NT>(t);
   }
 }
-template <class D, class D8, int NT> void gemv_bits(const Tile& t) {
+template <class D, class D8, int NT> void gemv(const Tile& t) {
   switch (t.w->bits) {
     case 2: return gemv_rows<D, 2, NT>(t);
     case 3: return gemv_rows<D, 3, NT>(t);
@@ -401,108 +424,102 @@ template <class D, class D8, int NT> void gemv_bits(const Tile& t) {
     default: return gemv_rows<D8, 8, NT>(t);
   }
 }
-template <class D, class D8, int NT> void gemv(const Tile& t) {
-  if (t.tiles == NT) return gemv_bits<D, D8, NT>(t);
-  Tile one = t;
-  one.tiles = 1;
-  for (int i = 0; i < t.tiles; ++i, ++one.tile) gemv_bits<D, D8, 1>(one);
-}
 
 // ---- gemm -------------------------------------------------------------------------------------------------------------
 
-template <class D, int Bits>
-inline void build_panel(const uint8_t* p, int chunks, const Codes& codes, const Zeros& z, bool book, uint8_t* panel) {
-  constexpr int kUnits = t16::chunk_k(Bits) / 4;
-  for (int c = 0; c < chunks; ++c, p += t16::chunk_bytes(Bits), panel += kUnits * D::kSteps * 64) {
-    each_unit<Bits>(p, [&](auto u, vi unit) {
-      if constexpr (D::kForm == Form::int8 && Bits < 8) { if (book) unit = shuffle_bytes(codes.table16, unit); }
+// Operands of one span, for weights whose codes need a table look-up that is worth doing once.
+template <class D, int Bits> inline void build_panel(const uint8_t* p, int chunks, const Codes& codes, const Zeros& z, uint8_t* panel) {
+  for (int c = 0; c < chunks; ++c, p += t16::chunk_bytes(Bits), panel += kUnits<Bits> * D::kSteps * 64) {
+    const Chunk<Bits> chunk = load_chunk<Bits>(p);
+    unroll<kUnits<Bits>>([&](auto u) {
+      vi unit = unit_of<Bits, u>(chunk);
+      if constexpr (D::kForm == Form::int8) unit = shuffle_bytes(codes.table16, unit);
       unroll<D::kSteps>([&](auto st) { store_unit(panel + (u * D::kSteps + st) * 64, D::template expand<Bits, st>(unit, codes, z)); });
     });
   }
 }
-
-// One block of MR rows against NT panels over one span.
 template <class D, int MR, int NT>
-inline void micro(const Tile& t, const Codes& codes, const uint8_t* const* panel, int steps, const int32_t* x, const float* scale,
-                  const int32_t* sum, const vf* s, const Zeros* z, float* const* y) {
-  typename D::Acc acc[MR][NT];
-  const WqWeight& w = *t.w;
-  for (int m = 0; m < MR; ++m) for (int i = 0; i < NT; ++i) acc[m][i] = D::init(w, codes, z[i], sum ? sum[m] : 0);
+EFFK_INLINE void dot_panel(typename D::Acc (&acc)[MR][NT][1], const uint8_t* const* panel, int steps, const int32_t* x) {
   for (int k = 0; k < steps; ++k) {
-    vi wv[NT];
-    for (int i = 0; i < NT; ++i) wv[i] = load_unit(panel[i] + k * 64);
-    for (int m = 0; m < MR; ++m) {
+    vi w[NT];
+    unroll<NT>([&](auto i) { w[i] = load_unit(panel[i] + k * 64); });
+    unroll<MR>([&](auto m) {
       const vi xv = broadcast(x + k * MR + m);
-      for (int i = 0; i < NT; ++i) acc[m][i] = D::step(acc[m][i], wv[i], xv);
-    }
-  }
-  for (int m = 0; m < MR; ++m) {
-    for (int i = 0; i < NT; ++i) {
-      float* p = y[i] + m * 16;
-      store_f32(p, D::finish(acc[m][i], w, z[i], s[i], scale ? scale[m] : 1.0f, sum ? sum[m] : 0, load_f32(p)));
-    }
+      unroll<NT>([&](auto i) { acc[m][i][0] = D::step(acc[m][i][0], w[i], xv); });
+    });
   }
 }
 
-template <class D, int NT, int MR = 1, class... A> inline void micro_rows(int rows, const A&... a) {
-  if (rows == MR) return micro<D, MR, NT>(a...);
-  if constexpr (MR < wq::kMaxBlockRows) micro_rows<D, NT, MR + 1>(rows, a...);
+// One span as gemm sees it: packed tiles (or panels), scales and zero points.
+template <int NT> struct SpanOfTiles { const uint8_t* p[NT]; vf scale[NT]; Zeros z[NT]; int chunks, steps; };
+
+// One block of MR rows over one span; y[i] holds the block's results so far. Bits = 0: panels.
+template <class D, int Bits, int MR, int NT>
+void micro(const WqWeight& w, const Codes& codes, const SpanOfTiles<NT>& s, const int32_t* x, const float* scale, const int32_t* sum, float* y,
+           int64_t y_stride) {
+  typename D::Acc acc[MR][NT][1];
+  unroll<MR>([&](auto m) { unroll<NT>([&](auto i) { acc[m][i][0] = D::init(w, codes, s.z[i], sum[m]); }); });
+  if constexpr (Bits == 0) dot_panel<D, MR, NT>(acc, s.p, s.steps, x);
+  else dot_span<D, Bits, MR, NT, 1>(acc, s.p, s.chunks, x, codes, s.z);
+  unroll<MR>([&](auto m) {
+    unroll<NT>([&](auto i) {
+      float* p = y + i * y_stride + m * 16;
+      store_f32(p, D::finish(acc[m][i][0], w, s.z[i], s.scale[i], scale[m], sum[m], load_f32(p)));
+    });
+  });
+}
+template <class D, int Bits, int NT, int MR = 1, class... A> inline void micro_rows(int rows, const A&... a) {
+  if (rows == MR) return micro<D, Bits, MR, NT>(a...);
+  if constexpr (MR < EFFK_BLOCK_ROWS) micro_rows<D, Bits, NT, MR + 1>(rows, a...);
 }
 
-template <class D, int Bits, int NT> void gemm_tiles(const Tile& t) {
+template <class D, int Bits, int NT, bool Panel> void gemm_tiles(const Tile& t) {
   const WqWeight& w = *t.w;
   const Rows& r = *t.rows;
   const Codes codes = codes_of(w, D::kForm);
-  const bool book = D::kForm == Form::int8 && w.codebook;
   const int64_t groups = t16::groups(w.k, w.group), tile_bytes = t16::chunks(w.k, Bits) * t16::chunk_bytes(Bits);
-  const int64_t m0 = int64_t(t.block) * r.block_rows;
-  constexpr bool kDirect = D::kForm == Form::int8 && Bits == 8;  // the packed units are the operands already
-  alignas(64) uint8_t panel[kDirect ? 64 : NT * (t16::kMaxActGroup / 4) * D::kSteps * 64];
-  alignas(64) float y[NT][wq::kMaxBlocks * wq::kMaxBlockRows * 16];
+  constexpr int64_t kStride = wq::kMaxBlocks * EFFK_BLOCK_ROWS * 16;
+  constexpr int kPanelBytes = (t16::kMaxActGroup / 4) * D::kSteps * 64;
+  alignas(64) uint8_t panel[Panel ? NT * kPanelBytes : 1];
+  alignas(64) float y[NT * kStride];
+  const int64_t m0 = r.first_row(t.block);
   int total = 0;
   for (int b = 0; b < t.blocks; ++b) total += r.rows_in(t.block + b);
-  for (int i = 0; i < NT; ++i) std::memset(y[i], 0, size_t(total) * 64);
-  for (int64_t h = 0; h < r.spans; ++h) {
-    const Span s = span_of<D>(w, r, h);
-    vf scale[NT];
-    Zeros z[NT];
-    const uint8_t* operand[NT];
+  for (int i = 0; i < NT; ++i) std::memset(y + i * kStride, 0, size_t(total) * 64);
+  const Spans spans = spans_of<Bits>(w, r);
+  for (int64_t h = 0; h < spans.count; ++h) {
+    SpanOfTiles<NT> s;
+    s.chunks = spans.chunks(h);
+    s.steps = s.chunks * kUnits<Bits> * D::kSteps;
     for (int i = 0; i < NT; ++i) {
-      const uint8_t* p = w.packed + (t.tile + i) * tile_bytes + s.chunk * t16::chunk_bytes(Bits);
-      z[i] = zeros_of(w, t.tile + i, s.group, groups);
-      scale[i] = mul_f(scales_of(w, t.tile + i, s.group, groups), set_f(codes.rescale));
-      operand[i] = kDirect ? p : panel + i * (t16::kMaxActGroup / 4) * D::kSteps * 64;
-      if constexpr (!kDirect) build_panel<D, Bits>(p, s.chunks, codes, z[i], book, panel + i * (t16::kMaxActGroup / 4) * D::kSteps * 64);
+      const int64_t tile = tile_index<NT>(t, i);
+      s.p[i] = w.packed + tile * tile_bytes + h * spans.full_chunks * t16::chunk_bytes(Bits);
+      s.z[i] = zeros_of(w, tile, spans.group(h), groups);
+      s.scale[i] = mul_f(scales_of(w, tile, spans.group(h), groups), set_f(codes.rescale));
+      if constexpr (Panel) {
+        build_panel<D, Bits>(s.p[i], s.chunks, codes, s.z[i], panel + i * kPanelBytes);
+        s.p[i] = panel + i * kPanelBytes;
+      }
     }
-    const int64_t steps = r.kpad / 4 * D::kSteps;
     for (int b = 0; b < t.blocks; ++b) {
-      const int rows = r.rows_in(t.block + b);
-      const int64_t row = m0 + int64_t(b) * r.block_rows;
-      float* out[NT];
-      for (int i = 0; i < NT; ++i) out[i] = y[i] + (row - m0) * 16;
-      const int64_t at = row * r.spans + h * rows;
-      const int32_t* x = r.data + row * steps + s.step * rows;
-      micro_rows<D, NT>(rows, t, codes, operand, s.steps, x, r.scale ? r.scale + at : nullptr, r.sum ? r.sum + at : nullptr, scale, z, out);
+      const int block = t.block + b;
+      const int64_t at = r.scale_at(block, h);
+      micro_rows<D, Panel ? 0 : Bits, NT>(r.rows_in(block), w, codes, s, r.data + r.data_at(block, h, D::kSteps), r.scale + at, r.sum + at,
+                                          y + (r.first_row(block) - m0) * 16, kStride);
     }
   }
-  for (int i = 0; i < NT; ++i) finish_tile(t, t.tile + i, m0, total, y[i]);
+  for (int i = 0; i < t.tiles; ++i) finish_tile(t, t.tile + i, m0, total, y + i * kStride);
 }
 
 // D below 8 bits, D8 at 8 bits, DBook where codes go through a table of the weight.
-template <class D, class D8, class DBook, int NT> void gemm_bits(const Tile& t) {
-  const bool book = t.w->codebook && !std::is_same_v<D, DBook>;
-  switch (t.w->bits) {
-    case 2: return book ? gemm_tiles<DBook, 2, NT>(t) : gemm_tiles<D, 2, NT>(t);
-    case 3: return book ? gemm_tiles<DBook, 3, NT>(t) : gemm_tiles<D, 3, NT>(t);
-    case 4: return book ? gemm_tiles<DBook, 4, NT>(t) : gemm_tiles<D, 4, NT>(t);
-    default: return gemm_tiles<D8, 8, NT>(t);
-  }
-}
 template <class D, class D8, class DBook, int NT> void gemm(const Tile& t) {
-  if (t.tiles == NT) return gemm_bits<D, D8, DBook, NT>(t);
-  Tile one = t;
-  one.tiles = 1;
-  for (int i = 0; i < t.tiles; ++i, ++one.tile) gemm_bits<D, D8, DBook, 1>(one);
+  const bool book = t.w->codebook && (D::kForm == Form::int8 || t.w->codebook_per_row);
+  switch (t.w->bits) {
+    case 2: return book ? gemm_tiles<DBook, 2, NT, true>(t) : gemm_tiles<D, 2, NT, false>(t);
+    case 3: return book ? gemm_tiles<DBook, 3, NT, true>(t) : gemm_tiles<D, 3, NT, false>(t);
+    case 4: return book ? gemm_tiles<DBook, 4, NT, true>(t) : gemm_tiles<D, 4, NT, false>(t);
+    default: return gemm_tiles<D8, 8, NT, false>(t);
+  }
 }
 
 }  // namespace

@@ -141,7 +141,7 @@ void wq_linear(const WqLinearArgs& a, void* workspace, const ParallelFor& pf) {
   for (int i = 0; i < l.count; ++i) {
     Rows& r = l.rows[i];
     r.data = reinterpret_cast<int32_t*>(base + l.data[i]);
-    r.scale = l.kernel[i]->form == Form::int8 ? reinterpret_cast<float*>(base + l.scale[i]) : nullptr;
+    r.scale = reinterpret_cast<float*>(base + l.scale[i]);
     r.sum = reinterpret_cast<int32_t*>(base + l.sum[i]);
     const int64_t grain = t16::ceil_div(16 << 10, a.k * r.block_rows);  // 16 Ki elements: a few microseconds
     parallel_for(pf, r.blocks, grain, [&](int64_t b0, int64_t b1) {

@@ -14,17 +14,39 @@ enum class Form : int32_t { int8 = 0, fp32 = 1, bf16 = 2 };
 constexpr int steps_per_unit(Form f) { return f == Form::int8 ? 1 : f == Form::bf16 ? 2 : 4; }
 constexpr int kPadK = 32;  // prepared rows are zero-padded to this, the largest chunk
 
-// x prepared for one form and one block length: operands grouped in blocks of `block_rows` rows (the last may have fewer),
-// inside a block step-major and row-minor, so that a kernel reads one contiguous stream whatever the number of rows.
+constexpr int kTransposeRows = 8;      // from this many rows of x, outliers run over a transposed copy
+constexpr int kMaxBlockRows = 8;       // rows of x that meet a pair of tiles in registers
+constexpr int kMaxBlocks = 16;         // row blocks per call: their results and operands stay in a first-level cache
+constexpr int kGemvRows = 4;           // up to here the results stay in registers over the whole of K
+
+// x prepared for one form and one span length, in the order in which gemm consumes it: batches of kMaxBlocks blocks of
+// `block_rows` rows (the last batch and the last block may be shorter), and inside a batch
+//   data [span][block][step][row of block]      scale, sum [span][block][row of block]
+// so that one call over one batch reads a single stream, whatever the number of rows. (Blocks outermost, each span of a
+// block lay in the same cache sets as that of its neighbours: half the speed at 128 rows.)
 struct Rows {
-  int32_t* data;      // [block][steps][rows of block]
-  float* scale;       // int8: a, [block][blocks of K][rows of block]
-  int32_t* sum;       // int8: sum of xq; float forms: bits of the fp32 sum of x; same shape
+  int32_t* data;
+  float* scale;       // int8: a
+  int32_t* sum;       // int8: sum of xq; float forms: bits of the fp32 sum of x
   int64_t m, k, kpad;
   int block_rows, blocks;
-  int span;           // length of a block of K: t16::act_group
+  int span;           // t16::act_group
   int64_t spans;      // ceil(k / span)
-  int rows_in(int block) const { return int(block + 1 < blocks ? block_rows : m - int64_t(block) * block_rows); }
+
+  int64_t first_row(int block) const { return int64_t(block) * block_rows; }
+  int rows_in(int block) const { return int(block + 1 < blocks ? block_rows : m - first_row(block)); }
+  // Start of (block, span) in units of steps x rows: `steps_before` of earlier spans, `steps` in this one.
+  int64_t at(int block, int64_t steps_before, int64_t steps, int64_t steps_total) const {
+    const int64_t batch_row = int64_t(block / kMaxBlocks) * kMaxBlocks * block_rows;
+    const int64_t batch_end = batch_row + int64_t(kMaxBlocks) * block_rows;
+    const int64_t batch_rows = (batch_end < m ? batch_end : m) - batch_row;
+    return batch_row * steps_total + batch_rows * steps_before + (first_row(block) - batch_row) * steps;
+  }
+  int64_t data_at(int block, int64_t span_index, int steps_per_four) const {
+    const int64_t k0 = span_index * span, k1 = k0 + span < kpad ? k0 + span : kpad;
+    return at(block, k0 / 4 * steps_per_four, (k1 - k0) / 4 * steps_per_four, kpad / 4 * steps_per_four);
+  }
+  int64_t scale_at(int block, int64_t span_index) const { return at(block, span_index, 1, spans); }
 };
 
 struct Tile {
@@ -37,10 +59,6 @@ struct Tile {
   void* y;                     // whole output [m, n]
   DType y_dtype;
 };
-constexpr int kTransposeRows = 8;
-constexpr int kMaxBlockRows = 12;      // rows of x that meet a pair of tiles in registers
-constexpr int kMaxBlocks = 12;         // row blocks per call: their results and operands stay in a first-level cache
-constexpr int kGemvRows = 4;
 
 struct Kernel {
   isa::Tier tier;
@@ -50,8 +68,8 @@ struct Kernel {
   int block_rows;              // of gemm; gemv takes up to kGemvRows rows as one block
   int gemv_tiles, gemm_tiles;
   void (*prepare)(const void* x, DType dtype, int block, const Rows& rows);
-  void (*gemv)(const Tile&);   // unpacks in registers: for at most kGemvRows rows; no codebooks in the int8 form, none per row
-  void (*gemm)(const Tile&);   // unpacks one span of a pair of tiles to scratch and reuses it for every block
+  void (*gemv)(const Tile&);   // at most kGemvRows rows; no codebooks in the int8 form, none per row
+  void (*gemm)(const Tile&);   // any number of rows, span by span over a batch of row blocks
 };
 
 EFFK_EXPORT extern const Kernel* const kKernels[];  // highest tier first
