@@ -30,6 +30,10 @@ const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);
 
 }  // namespace effk::binding
 
+#ifdef EFFK_CUEMU
+STABLE_TORCH_LIBRARY(effk_emu, m) {  // the CUDA kernels on CPU tensors, for tests
+#else
 STABLE_TORCH_LIBRARY(effk, m) {
+#endif
   for (const auto& op : effk::binding::kSchemas) m.def((std::string(op.name) + op.signature).c_str());
 }

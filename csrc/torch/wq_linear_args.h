@@ -2,6 +2,7 @@
 // csrc/ops/wq_linear/wq_linear.h, how they are laid out in csrc/formats/t16.h.
 #pragma once
 #include <algorithm>
+#include <initializer_list>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -25,10 +26,23 @@ inline void check_geometry(const char* op, int64_t n, int64_t k, int64_t bits, i
   require(t16::valid_group(group), "group_size", "32, 64, 128, 256, or 0 for one group per row", group);
 }
 
+// The lists of wq_multi_linear must be as long as its first.
+struct ListLength { const char* name; size_t length; };
+inline void check_lengths(const char* op, size_t count, std::initializer_list<ListLength> lists) {
+  for (const auto& list : lists)
+    EFFK_CHECK(list.length == count, op, ": ", list.name, ": expected ", count, " entries as packed has, got ", list.length);
+}
+
 inline Compute parse_compute(const char* op, const std::string& compute) {
   if (compute == "int8") return Compute::int8;
   EFFK_CHECK(compute == "float", op, ": compute: expected 'float' or 'int8', got '", compute, "'");
   return Compute::fp;
+}
+
+// A table a row has no int8 form: its bytes would need a scale a row, and the float form is the exact one anyway.
+inline void check_form(const char* op, int index, const WqWeight& w, Compute form) {
+  if (__builtin_expect(form == Compute::int8 && w.codebook_per_row, 0))
+    Arg{op, "codebook", index}.fail("one table for the whole weight in the int8 form", "one table a row");
 }
 
 inline DType float_dtype(const Arg& arg, const View& t) {
@@ -38,12 +52,12 @@ inline DType float_dtype(const Arg& arg, const View& t) {
   arg.fail("float32, bfloat16 or float16", dtype_name(t.dtype));
 }
 
-// An optional argument, where an empty tensor also means "absent": packing returns those.
+// An optional argument, where a tensor of shape [0] also means "absent": packing returns those.
 template <class Use>
 bool present(const OptionalTensor& t, const Use& use) {
   if (!t) return false;
   const View view(*t);
-  if (view.numel() == 0) return false;
+  if (view.dim == 1 && view.sizes[0] == 0) return false;
   use(view);
   return true;
 }

@@ -31,6 +31,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
   constexpr const char* op = "wq_linear";
   const Compute form = parse_compute(op, compute);
   WqWeight w = make_weight(op, -1, packed, scales, zeros, codebook, n, k, bits, group_size);
+  check_form(op, -1, w, form);
   add_outliers(op, -1, out_ptr, out_col, out_val, w);
   add_bias(op, -1, bias, w);
   const Input in = make_input(Arg{op, "x"}, x, k);
@@ -50,19 +51,16 @@ std::vector<Tensor> multi_linear(const Tensor& x, std::vector<Tensor> packed, st
   constexpr const char* op = "wq_multi_linear";
   const Compute form = parse_compute(op, compute);
   const size_t count = packed.size();
-  const struct { const char* name; size_t length; } lists[] = {
-      {"scales", scales.size()},   {"zeros", zeros.size()},     {"codebook", codebook.size()},
-      {"out_ptr", out_ptr.size()}, {"out_col", out_col.size()}, {"out_val", out_val.size()},
-      {"bias", bias.size()},       {"n", n.size()},             {"bits", bits.size()},
-      {"group_size", group_size.size()}};
-  for (const auto& list : lists)
-    EFFK_CHECK(list.length == count, op, ": ", list.name, ": expected ", count, " entries as packed has, got ", list.length);
-
+  check_lengths(op, count, {{"scales", scales.size()},   {"zeros", zeros.size()},     {"codebook", codebook.size()},
+                            {"out_ptr", out_ptr.size()}, {"out_col", out_col.size()}, {"out_val", out_val.size()},
+                            {"bias", bias.size()},       {"n", n.size()},             {"bits", bits.size()},
+                            {"group_size", group_size.size()}});
   std::vector<WqWeight> weights;
   weights.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     const int at = int(i);
     WqWeight w = make_weight(op, at, packed[i], scales[i], zeros[i], codebook[i], n[i], k, bits[i], group_size[i]);
+    check_form(op, at, w, form);
     add_outliers(op, at, out_ptr[i], out_col[i], out_val[i], w);
     add_bias(op, at, bias[i], w);
     weights.push_back(w);

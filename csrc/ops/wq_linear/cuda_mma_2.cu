@@ -1,0 +1,4 @@
+// The 2-bit kernels of cuda_mma.h.
+#include "ops/wq_linear/cuda_mma.h"
+
+template cudaError_t effk::cuda::launch_mma<2>(const MmaArgs&, DType, const Device&, cudaStream_t);

@@ -1,0 +1,212 @@
+// CUDA binding of the wq_* ops: checks the arguments, sets the device, finds the current stream, and launches the kernels
+// of ops/wq_linear/cuda*.cu. No call waits for the device, so every product can be captured in a CUDA graph.
+//
+// Compiled a second time with EFFK_CUEMU it makes torch.ops.effk_emu.*, where the same code runs the same kernels on CPU
+// tensors through the emulation of csrc/emu: for tests.
+#include <torch/csrc/stable/accelerator.h>
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "ops/wq_linear/cuda.h"
+#include "torch/cuda/stream.h"
+#include "torch/wq_linear_args.h"
+
+namespace effk::binding {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+void check_launch(const char* op, int error) {
+  EFFK_CHECK(error == 0, op, ": CUDA error ", error, ": ", cuda::error_text(error), cuda_build_text());
+}
+
+// The tensors of a weight, as an op receives them.
+struct WeightTensors {
+  const Tensor &packed, &scales;
+  const OptionalTensor &zeros, &codebook, &out_ptr, &out_col, &out_val;
+};
+
+// A checked weight. `copies` keeps aligned copies of arrays that do not start at a multiple of cuda::kAlignment.
+struct DeviceWeight {
+  WqWeight w;
+  int outliers = 0;
+  std::vector<Tensor> copies;
+};
+
+template <class P>
+void align(P& pointer, const Tensor& owner, std::vector<Tensor>& copies) {
+  if (!pointer || reinterpret_cast<uintptr_t>(pointer) % cuda::kAlignment == 0) return;
+  copies.push_back(torch::stable::clone(owner));
+  pointer = static_cast<P>(copies.back().const_data_ptr());
+}
+
+DeviceWeight device_weight(const char* op, int index, const WeightTensors& t, int64_t n, int64_t k, int64_t bits, int64_t group,
+                           const Home& home) {
+  DeviceWeight d;
+  d.w = make_weight(op, index, t.packed, t.scales, t.zeros, t.codebook, n, k, bits, group, home);
+  if (k > cuda::kMaxColumns) Arg{op, "k", index}.fail("at most " + std::to_string(cuda::kMaxColumns) + " on CUDA", std::to_string(k));
+  add_outliers(op, index, t.out_ptr, t.out_col, t.out_val, d.w, home);
+  if (d.w.out_ptr) {
+    const int64_t count = View(*t.out_val).numel();
+    if (count > INT32_MAX) Arg{op, "out_val", index}.fail("at most 2147483647 entries", std::to_string(count));
+    d.outliers = int(count);
+  }
+  align(d.w.packed, t.packed, d.copies);
+  align(d.w.scales, t.scales, d.copies);
+  if (t.zeros) align(d.w.zeros, *t.zeros, d.copies);
+  return d;
+}
+
+ScalarType scalar_type(DType type) {
+  return type == DType::f32 ? ScalarType::Float : type == DType::f16 ? ScalarType::Half : ScalarType::BFloat16;
+}
+
+Tensor dequantized(const char* op, const DeviceWeight& d, const Home& home, DType type, cuda::Stream stream) {
+  const int32_t dtype = type == DType::f32 ? dtypes().f32 : type == DType::f16 ? dtypes().f16 : dtypes().bf16;
+  Tensor w = empty({d.w.n, d.w.k}, dtype, home);
+  if (d.w.n) check_launch(op, cuda::wq_dequantize(d.w, d.outliers, w.mutable_data_ptr(), type, stream));
+  return w;
+}
+
+// torch's own x W^T + bias, on the stream that is current.
+Tensor library_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w), torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+void check_compute(const char* op, const std::string& compute) {
+  EFFK_CHECK(parse_compute(op, compute) == Compute::fp, op, ": compute: expected 'float' for CUDA tensors, got 'int8': the int8 form ",
+             "is a CPU form; on CUDA 'float' is exact in the weights and not slower");
+}
+
+Tensor linear_checked(const char* op, const Input& x, const Home& home, const DeviceWeight& d, const OptionalTensor& bias,
+                      cuda::Stream stream) {
+  // fp32 activations and large batches go through torch's GEMM, with the weight rounded once to the type of x.
+  if (x.dtype == DType::f32 || x.m > cuda::kMaxRows) {
+    OptionalTensor b = bias;
+    if (b) b = torch::stable::to(*b, scalar_type(x.dtype));
+    return library_linear(x.owner, dequantized(op, d, home, x.dtype, stream), b);
+  }
+  Tensor y = output_like(x, d.w.n);
+  if (x.m && d.w.n)
+    check_launch(op, cuda::wq_linear(d.w, d.outliers, x.view.data(), y.mutable_data_ptr(), x.dtype, int(x.m), stream));
+  return y;
+}
+
+Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
+              const OptionalTensor& codebook, const OptionalTensor& out_ptr, const OptionalTensor& out_col,
+              const OptionalTensor& out_val, const OptionalTensor& bias, int64_t n, int64_t k, int64_t bits,
+              int64_t group_size, const std::string& compute) {
+  constexpr const char* op = "wq_linear";
+  check_compute(op, compute);
+  const OnDevice device(packed);
+  DeviceWeight d = device_weight(op, -1, {packed, scales, zeros, codebook, out_ptr, out_col, out_val}, n, k, bits, group_size, device.home);
+  add_bias(op, -1, bias, d.w, device.home);
+  return linear_checked(op, make_input(Arg{op, "x"}, x, k, device.home), device.home, d, bias, device.stream());
+}
+
+using OptionalTensors = std::vector<OptionalTensor>;
+
+std::vector<Tensor> multi_linear(const Tensor& x, std::vector<Tensor> packed, std::vector<Tensor> scales, OptionalTensors zeros,
+                                 OptionalTensors codebook, OptionalTensors out_ptr, OptionalTensors out_col,
+                                 OptionalTensors out_val, OptionalTensors bias, std::vector<int64_t> n, int64_t k,
+                                 std::vector<int64_t> bits, std::vector<int64_t> group_size, const std::string& compute) {
+  constexpr const char* op = "wq_multi_linear";
+  check_compute(op, compute);
+  const size_t count = packed.size();
+  check_lengths(op, count, {{"scales", scales.size()},   {"zeros", zeros.size()},     {"codebook", codebook.size()},
+                            {"out_ptr", out_ptr.size()}, {"out_col", out_col.size()}, {"out_val", out_val.size()},
+                            {"bias", bias.size()},       {"n", n.size()},             {"bits", bits.size()},
+                            {"group_size", group_size.size()}});
+  const OnDevice device(x);
+  const Input in = make_input(Arg{op, "x"}, x, k, device.home);
+  std::vector<DeviceWeight> weights;
+  for (size_t i = 0; i < count; ++i) {  // all of them before any work
+    weights.push_back(device_weight(op, int(i), {packed[i], scales[i], zeros[i], codebook[i], out_ptr[i], out_col[i], out_val[i]}, n[i],
+                                    k, bits[i], group_size[i], device.home));
+    add_bias(op, int(i), bias[i], weights.back().w, device.home);
+  }
+  std::vector<Tensor> ys;
+  for (size_t i = 0; i < count; ++i) ys.push_back(linear_checked(op, in, device.home, weights[i], bias[i], device.stream()));
+  return ys;
+}
+
+Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& codebook,
+                  const OptionalTensor& out_ptr, const OptionalTensor& out_col, const OptionalTensor& out_val, int64_t n, int64_t k,
+                  int64_t bits, int64_t group_size) {
+  constexpr const char* op = "wq_dequantize";
+  const OnDevice device(packed);
+  const DeviceWeight d = device_weight(op, -1, {packed, scales, zeros, codebook, out_ptr, out_col, out_val}, n, k, bits, group_size, device.home);
+  return dequantized(op, d, device.home, DType::f32, device.stream());
+}
+
+// grad @ W with W rounded to the type of grad: what a training step in that type does with a plain weight.
+Tensor linear_backward(const Tensor& grad, const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros,
+                       const OptionalTensor& codebook, const OptionalTensor& out_ptr, const OptionalTensor& out_col,
+                       const OptionalTensor& out_val, int64_t n, int64_t k, int64_t bits, int64_t group_size) {
+  constexpr const char* op = "wq_linear_backward";
+  const OnDevice device(packed);
+  const DeviceWeight d = device_weight(op, -1, {packed, scales, zeros, codebook, out_ptr, out_col, out_val}, n, k, bits, group_size, device.home);
+  const Input in = make_input(Arg{op, "grad"}, grad, n, device.home);
+  return torch::stable::matmul(in.owner, dequantized(op, d, device.home, in.dtype, device.stream()));
+}
+
+#ifndef EFFK_CUEMU
+// Packing happens once, when a model is loaded: these copy to the CPU, call the op there and copy back, which waits.
+template <size_t Results, size_t Arguments>
+std::array<Tensor, Results> call_on_cpu(const char* op, std::array<StableIValue, Arguments> stack, const Home& home) {
+  static_assert(Results <= Arguments, "results replace the arguments");
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+  std::array<Tensor, Results> results;
+  const torch::stable::Device device(torch::headeronly::DeviceType::CUDA, home.index);
+  for (size_t i = 0; i < Results; ++i) results[i] = torch::stable::to(torch::stable::detail::to<Tensor>(stack[i]), device);
+  return results;
+}
+
+StableIValue cpu_argument(const Tensor& t) {
+  return torch::stable::detail::from(torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
+}
+StableIValue cpu_argument(const OptionalTensor& t) {
+  if (!t) return torch::stable::detail::from(OptionalTensor());
+  return torch::stable::detail::from(OptionalTensor(torch::stable::to(*t, torch::stable::Device(torch::headeronly::DeviceType::CPU))));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pack(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
+                                                const OptionalTensor& codebook, int64_t n, int64_t k, int64_t bits,
+                                                int64_t group_size) {
+  using torch::stable::detail::from;
+  const auto r = call_on_cpu<4, 8>("effk::wq_pack", {cpu_argument(qweight), cpu_argument(scales), cpu_argument(zeros),
+                                                     cpu_argument(codebook), from(n), from(k), from(bits), from(group_size)},
+                                   View(qweight).home);
+  return {r[0], r[1], r[2], r[3]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros, int64_t n,
+                                          int64_t k, int64_t bits, int64_t group_size) {
+  using torch::stable::detail::from;
+  const auto r = call_on_cpu<3, 7>("effk::wq_unpack", {cpu_argument(packed), cpu_argument(scales), cpu_argument(zeros), from(n),
+                                                       from(k), from(bits), from(group_size)},
+                                   View(packed).home);
+  return {r[0], r[1], r[2]};
+}
+#endif
+
+}  // namespace
+}  // namespace effk::binding
+
+#ifdef EFFK_CUEMU
+STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m) {
+#else
+STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
+  m.impl("wq_pack", TORCH_BOX(&effk::binding::pack));
+  m.impl("wq_unpack", TORCH_BOX(&effk::binding::unpack));
+#endif
+  using namespace effk::binding;
+  m.impl("wq_dequantize", TORCH_BOX(&dequantize));
+  m.impl("wq_linear", TORCH_BOX(&linear));
+  m.impl("wq_multi_linear", TORCH_BOX(&multi_linear));
+  m.impl("wq_linear_backward", TORCH_BOX(&linear_backward));
+}
