@@ -87,7 +87,10 @@ class WqLinear(FrozenDtypes):
         """``x`` ``[..., in_features]`` to ``[..., out_features]`` of the same dtype."""
         if self._shared is not None and _may_share(x):
             return self._shared.one(self, x)
-        return torch.ops.effk.wq_linear(x, *self._weight_args(), self.bias, *self._geometry(), self.compute)
+        return torch.ops.effk.wq_linear.default(
+            x, *self._weight_args(), self._buffers["bias"],
+            self.out_features, self.in_features, self.bits, self.group_size, self.compute,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         group = self.group_size or "row"
@@ -98,7 +101,8 @@ class WqLinear(FrozenDtypes):
         )
 
     def _weight_args(self) -> tuple[Tensor | None, ...]:
-        return self.packed, self.scales, self.zeros, self.codebook, self.out_ptr, self.out_col, self.out_val
+        b = self._buffers  # attribute look-up of seven buffers would cost as much as a small product
+        return b["packed"], b["scales"], b["zeros"], b["codebook"], b["out_ptr"], b["out_col"], b["out_val"]
 
     def _geometry(self) -> tuple[int, int, int, int]:
         return self.out_features, self.in_features, self.bits, self.group_size
@@ -128,6 +132,9 @@ class WqMultiLinear(nn.Module):
                 f"got {len(layers)} with {sorted(inputs)} and {sorted(forms)}"
             )
         self.layers = nn.ModuleList(layers)
+        self._rows = [layer.out_features for layer in layers]
+        self._bits = [layer.bits for layer in layers]
+        self._groups = [layer.group_size for layer in layers]
 
     def attach(self) -> None:
         """Make the layers share their work wherever they are called (see the class)."""
@@ -136,17 +143,18 @@ class WqMultiLinear(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Products of ``x`` ``[..., in_features]`` with every layer, in order."""
-        layers = list(self.layers)
-        columns = zip(*(layer._weight_args() for layer in layers), strict=True)
-        return torch.ops.effk.wq_multi_linear(
+        layers = self._modules["layers"]._modules.values()
+        weights = [layer._weight_args() for layer in layers]
+        first = next(iter(layers))
+        return torch.ops.effk.wq_multi_linear.default(
             x,
-            *(list(column) for column in columns),
-            [layer.bias for layer in layers],
-            [layer.out_features for layer in layers],
-            layers[0].in_features,
-            [layer.bits for layer in layers],
-            [layer.group_size for layer in layers],
-            layers[0].compute,
+            *map(list, zip(*weights)),
+            [layer._buffers["bias"] for layer in layers],
+            self._rows,
+            first.in_features,
+            self._bits,
+            self._groups,
+            first.compute,
         )
 
     def one(self, layer: WqLinear, x: Tensor) -> Tensor:
