@@ -85,7 +85,7 @@ def unpack_codes(packed: Tensor, k: int, bits: int) -> Tensor:
             ),
             dim=-1,
         )
-    return codes.reshape(n, -1)[:, :k].contiguous()
+    return codes.flatten(1)[:, :k].contiguous()
 
 
 def _check_bits(op: str, bits: int) -> None:

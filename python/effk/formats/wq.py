@@ -89,7 +89,7 @@ class WqWeight:
         qweight: uint8 ``[n, ceil(k*bits/8)]``, each row a little-endian bit stream of codes.
         scales: fp16 or fp32 ``[n, groups]``; may be negative.
         zeros: uint8 ``[n, groups]`` zero-point codes, or None for the symmetric ``2**(bits-1)``.
-        codebook: fp32 ``[2**bits]`` or ``[n, 2**bits]``, or None for integer codes; excludes ``zeros``.
+        codebook: fp32 ``[2**bits]`` or ``[n, 2**bits]``, or None for integer codes; excludes ``zeros`` and 8 bits.
         out_ptr, out_col, out_val: sparse outliers added to the dense part (see :mod:`effk.formats.csr`), or all None.
     """
 
@@ -163,8 +163,8 @@ class WqWeight:
         elif self.codebook.dim() == 1:
             values = self.codebook.to(work)[codes.long()]
         else:
-            values = self.codebook.to(work).gather(1, codes.reshape(self.n, -1).long()).reshape(codes.shape)
-        dense = (values * self.scales.to(work).unsqueeze(-1)).reshape(self.n, -1)[:, : self.k]
+            values = self.codebook.to(work).gather(1, codes.flatten(1).long()).reshape(codes.shape)
+        dense = (values * self.scales.to(work).unsqueeze(-1)).flatten(1)[:, : self.k]
         if self.out_ptr is not None:
             dense = dense.contiguous()
             dense[row_index(self.out_ptr), self.out_col.long()] += self.out_val.to(work)
@@ -238,6 +238,8 @@ class WqWeight:
         if self.codebook is not None:
             if self.zeros is not None:
                 raise ValueError("zeros: expected none beside a codebook, got some")
+            if bits == 8:
+                raise ValueError("codebook: expected none with 8 bits, got one")
             shape = (1 << bits,) if self.codebook.dim() == 1 else (n, 1 << bits)
             _check("codebook", self.codebook, (torch.float32,), shape)
             if not bool(self.codebook.isfinite().all()):
