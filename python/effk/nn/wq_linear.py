@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +99,17 @@ class WqLinear(FrozenDtypes):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"bits={self.bits}, group_size={group}, compute={self.compute}{sparse}"
         )
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__ | {"_buffers": dict(self._buffers)}
+        if (columns := self._buffers["out_col"]) is not None and columns.dtype == torch.uint16:
+            state["_buffers"]["out_col"] = columns.view(torch.int16)  # PyTorch pickles uint16 but cannot unpickle it
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if (columns := self._buffers["out_col"]) is not None and columns.dtype == torch.int16:
+            self._buffers["out_col"] = columns.view(torch.uint16)
 
     def _weight_args(self) -> tuple[Tensor | None, ...]:
         b = self._buffers  # attribute look-up of seven buffers would cost as much as a small product
