@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +23,8 @@ _CHECK_CHUNK = 1024  # rows of W converted to float64 at once
 
 
 def apply_plan(context: Context, handler: Handler, plan: Plan) -> dict[str, LayerReport]:
-    """Replace every planned layer of ``context.model``; block by block when the handler reads statistics.
+    """Replace every planned layer of ``context.model``; block by block and input group by input group when the
+    handler reads statistics.
 
     Each module is replaced as soon as it is compressed, so memory never exceeds the model plus one block, and later
     blocks are calibrated on what the compressed ones before them produce.
@@ -44,10 +46,12 @@ def apply_plan(context: Context, handler: Handler, plan: Plan) -> dict[str, Laye
     context.progress("apply", 0, len(planned))
     inside = [layer for layer in planned if layer.block is not None] if wanted else []
     if inside:
-        for block in stream_blocks(context.model, inside, context.calib):
+        for block in stream_blocks(context.model, inside, context.calib, reference="drift" in wanted):
             members = [layer for layer in inside if layer.block == block.name]
-            if members:
-                compress(members, block.statistics(members, wanted))
+            # One input group at a time, in module order: each sees the compressed layers before it in the same block.
+            for _, group in itertools.groupby(members, key=lambda layer: layer.input_group):
+                layers = list(group)
+                compress(layers, block.statistics(layers, wanted))
     compress([layer for layer in planned if layer.name not in done], {})
     return {layer.name: done[layer.name] for layer in planned}
 

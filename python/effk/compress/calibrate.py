@@ -2,7 +2,8 @@
 
 Peak memory is the model, the hidden states of all batches at one depth, and the statistics of one block. Blocks are
 compressed in order, and each sees the activations that the already compressed blocks before it produce, so that a
-method can make up for their error (as GPTQ, Frantar et al. 2022, section 4).
+method can make up for their error (as GPTQ, Frantar et al. 2022, section 4). A second, uncompressed stream can run along
+and tells how far the inputs have drifted.
 
 One forward pass with every block replaced by a recorder gathers the first block's inputs and each block's own keyword
 arguments (masks differ between blocks of sliding-window models); the blocks then run one at a time.
@@ -11,7 +12,7 @@ arguments (masks differ between blocks of sliding-window models); the blocks the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from .layers import Layer
 
-STATISTICS = ("hessian", "mean_abs", "mean_sq", "max_abs")
+STATISTICS = ("hessian", "drift", "mean_abs", "mean_sq", "max_abs")
 
 
 @dataclass
@@ -30,6 +31,7 @@ class LayerStats:
     Attributes:
         rows: tokens seen.
         hessian: ``sum x^T x``, ``[K, K]``. The output error of a weight change D is ``trace(D H D^T)``.
+        drift: ``sum (x_ref - x)^T x``, ``[K, K]``, with x_ref what the layer reads in the uncompressed model.
         mean_abs: mean of ``|x_k|``, ``[K]``.
         mean_sq: mean of ``x_k^2``, ``[K]``.
         max_abs: largest ``|x_k|``, ``[K]``.
@@ -37,18 +39,23 @@ class LayerStats:
 
     rows: int = 0
     hessian: Tensor | None = None
+    drift: Tensor | None = None
     mean_abs: Tensor | None = None
     mean_sq: Tensor | None = None
     max_abs: Tensor | None = None
 
-    def update(self, x: Tensor, wanted: frozenset[str]) -> None:
-        """Add a batch of inputs ``[..., K]``."""
+    def update(self, x: Tensor, wanted: frozenset[str], reference: Tensor | None = None) -> None:
+        """Add a batch of inputs ``[..., K]``; ``reference``, of the same shape, only for "drift"."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         before, self.rows = self.rows, self.rows + x.shape[0]
         if "hessian" in wanted:
             if self.hessian is None:
                 self.hessian = x.new_zeros(x.shape[1], x.shape[1])
             self.hessian.addmm_(x.t(), x)
+        if "drift" in wanted:
+            if self.drift is None:
+                self.drift = x.new_zeros(x.shape[1], x.shape[1])
+            self.drift.addmm_((reference.reshape(x.shape).float() - x).t(), x)
         magnitude = x.abs()
         if "mean_abs" in wanted:
             self.mean_abs = self._mean(self.mean_abs, before, magnitude.sum(0))
@@ -70,30 +77,35 @@ class Block:
         name, module: the block.
         hidden: its input for every batch.
         calls: the other arguments of its call for every batch.
+        reference: what its layers read in the uncompressed model, by input group and batch; empty without that stream.
     """
 
     name: str
     module: nn.Module
     hidden: list[Tensor]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    reference: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def statistics(self, layers: Sequence[Layer], wanted: frozenset[str]) -> dict[str, LayerStats]:
-        """Run the block on all batches and return the input statistics of ``layers`` by name.
+        """Run the block on all batches, as far as needed, and return the input statistics of ``layers`` by name.
 
-        Layers of one ``input_group`` share one :class:`LayerStats` object.
+        Layers of one ``input_group`` share one :class:`LayerStats` object. "drift" needs the reference stream.
 
         Raises:
             ValueError: an unknown statistic, a layer that the block did not call, or non-finite activations.
         """
         if unknown := sorted(wanted - set(STATISTICS)):
             raise ValueError(f"calibrate: statistics: expected among {STATISTICS}, got {unknown}")
+        if "drift" in wanted and not self.reference:
+            raise ValueError("calibrate: statistics: expected the reference stream for 'drift', but it does not run")
         groups = {layer.input_group: LayerStats() for layer in layers}
-        with ExitStack() as hooks:
-            for group, stats in groups.items():
-                first = next(layer for layer in layers if layer.input_group == group)
-                hooks.callback(first.module.register_forward_pre_hook(_watch(stats, wanted)).remove)
-            for index in range(len(self.hidden)):
-                self.run(index)
+        for index in range(len(self.hidden)):
+
+            def watch(group: str, x: Tensor, index: int = index) -> None:
+                reference = self.reference[group][index] if self.reference else None
+                groups[group].update(x, wanted, reference)
+
+            self.observe(index, self.hidden[index], layers, watch)
         for group, stats in groups.items():
             if stats.rows == 0:
                 raise ValueError(f"calibrate: {group}: expected the block to call it, but it was not reached")
@@ -102,11 +114,44 @@ class Block:
                     raise ValueError(f"calibrate: {group}: expected finite activations, got NaN or Inf ({name})")
         return {layer.name: groups[layer.input_group] for layer in layers}
 
+    def remember(self, group: str, x: Tensor) -> None:
+        """Add what an input group read from one batch in the uncompressed model."""
+        self.reference.setdefault(group, []).append(x)
+
+    def observe(
+        self,
+        index: int,
+        hidden: Tensor,
+        layers: Sequence[Layer],
+        watch: Callable[[str, Tensor], None],
+        *,
+        to_the_end: bool = False,
+    ) -> Tensor | None:
+        """Run batch ``index`` on ``hidden`` and call ``watch(input_group, x)`` for each input group of ``layers``.
+
+        The run stops after the last group, as nothing later is of interest, unless ``to_the_end`` asks for the output.
+        """
+        waiting = {layer.input_group: layer.module for layer in reversed(layers)}  # the first member of each group
+
+        def hook(group: str, args: tuple[Tensor, ...]) -> None:
+            watch(group, args[0].detach())
+            waiting.pop(group, None)
+            if not waiting and not to_the_end:
+                raise _AllSeen
+
+        with ExitStack() as hooks:
+            for group, module in tuple(waiting.items()):
+                handle = module.register_forward_pre_hook(lambda module, args, group=group: hook(group, args))
+                hooks.callback(handle.remove)
+            with suppress(_AllSeen):
+                return self.run(index, hidden)
+        return None
+
     @torch.no_grad()
-    def run(self, index: int) -> Tensor:
-        """The block's output for batch ``index``, as the module is now."""
+    def run(self, index: int, hidden: Tensor | None = None) -> Tensor:
+        """The block's output for batch ``index``, as the module is now; ``hidden`` replaces the batch's input."""
         args, kwargs = self.calls[index]
-        output = self.module(self.hidden[index], *args, **kwargs)
+        output = self.module(self.hidden[index] if hidden is None else hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def advance(self) -> list[Tensor]:
@@ -117,13 +162,17 @@ class Block:
 
 
 @torch.no_grad()
-def stream_blocks(model: nn.Module, layers: Sequence[Layer], calib: Sequence[Tensor]) -> Iterator[Block]:
+def stream_blocks(
+    model: nn.Module, layers: Sequence[Layer], calib: Sequence[Tensor], *, reference: bool = False
+) -> Iterator[Block]:
     """Yield every block in order; what the caller changed in one is in effect for the inputs of the next.
 
     Args:
         model: a decoder of transformers' usual shape (Llama, Mistral, Qwen2, OPT, GPT-2).
         layers: the model's layers; their names say where the blocks are.
         calib: token ids, each int64 ``[batch, length]``.
+        reference: also run a stream through the blocks as they are before the caller changes them, which costs one
+            more forward pass, its hidden states, and one block's inputs for all batches.
 
     Raises:
         ValueError: no blocks, blocks in several stacks, or illegal token batches.
@@ -133,9 +182,14 @@ def stream_blocks(model: nn.Module, layers: Sequence[Layer], calib: Sequence[Ten
     training = model.training
     model.eval()
     try:
-        hidden, calls = _record(model, blocks, calib)
+        hidden, calls = record_calls(model, blocks, calib)
+        untouched = list(hidden) if reference else []
         for name, module in blocks.items():
             block = Block(name, module, hidden, calls.pop(name))
+            members = [layer for layer in layers if layer.block == name]
+            if reference:
+                for index, batch in enumerate(untouched):
+                    untouched[index] = block.observe(index, batch, members, block.remember, to_the_end=True)
             yield block
             hidden = block.advance()
     finally:
@@ -165,11 +219,8 @@ def check_calib(model: nn.Module, calib: Sequence[Tensor]) -> None:
             raise ValueError(f"calibrate: calib[{index}]: expected ids in [0, {limit}), got {int(batch.min())}..{int(batch.max())}")
 
 
-def _watch(stats: LayerStats, wanted: frozenset[str]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        stats.update(args[0], wanted)
-
-    return hook
+class _AllSeen(Exception):
+    """Ends a block's forward pass early: nothing after the last watched layer is of interest."""
 
 
 @dataclass
@@ -187,9 +238,11 @@ class _Recorder:
         return hidden
 
 
-def _record(
+@torch.no_grad()
+def record_calls(
     model: nn.Module, blocks: Mapping[str, nn.Module], calib: Sequence[Tensor]
 ) -> tuple[list[Tensor], dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]]:
+    """The first block's inputs and every block's other arguments, per batch, without running any block."""
     inner = getattr(model, "base_model", model)  # without the head, whose logits would be thrown away
     options = {"use_cache": False} if hasattr(model, "config") else {}
     device = next(model.parameters()).device

@@ -1,0 +1,71 @@
+"""Round to nearest: the baseline that looks at one group of weights at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ...formats.wq import WqWeight, normalize_group_size
+from ..calibrate import LayerStats
+from ..layers import Layer
+from ..plan import LayerPlan, Plan
+from ..recipe import Recipe, expect_bits, expect_group_size
+from ..registry import Context, Handler, register
+from ..solvers.rtn import ASYMMETRIC, MODES, round_to_nearest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rtn(Recipe):
+    """Uniform bits, one group size, scales from each group's own range.
+
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group_size: columns that share a scale; 0 or -1: the whole row.
+        mode: range mode (see :mod:`effk.compress.solvers.rtn`).
+        weighted: let the searches ("mse", "mse_asym") weigh errors by the mean squared input of each column, which needs
+            calibration.
+    """
+
+    name: ClassVar[str] = "rtn"
+    version: ClassVar[int] = 1
+
+    bits: int = 4
+    group_size: int = 64
+    mode: str = "mse"
+    weighted: bool = False
+
+    def check(self) -> None:
+        super().check()
+        expect_bits(self)
+        expect_group_size(self)
+        self._expect("mode", self.mode in MODES, f"one of {MODES}")
+        self._expect("weighted", not self.weighted or self.mode.startswith("mse"), "False for modes that do not search")
+
+
+@register(Rtn)
+class RtnHandler(Handler):
+    def statistics(self, recipe: Rtn) -> frozenset[str]:
+        return frozenset({"mean_sq"}) if recipe.weighted else frozenset()
+
+    def plan(self, context: Context) -> Plan:
+        layers = {}
+        for layer in context.layers:
+            recipe = context.recipe.for_layer(layer.name)
+            layers[layer.name] = LayerPlan(
+                bits=recipe.bits,
+                group_size=normalize_group_size(recipe.group_size),
+                format="asym" if recipe.mode in ASYMMETRIC else "sym",
+                compute=recipe.compute,
+                options={"mode": recipe.mode},
+            )
+        return Plan(context.recipe.to_json(), layers)
+
+    def quantize(
+        self, context: Context, layer: Layer, weight: Tensor, entry: LayerPlan, stats: LayerStats | None
+    ) -> WqWeight:
+        mode = entry.options["mode"]
+        importance = None if stats is None else stats.mean_sq
+        codes, grid = round_to_nearest(weight, entry.bits, entry.group_size, mode, importance=importance)
+        return WqWeight.from_codes(codes, grid.scales, bits=entry.bits, group_size=entry.group_size, zeros=grid.zeros)
