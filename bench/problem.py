@@ -53,6 +53,7 @@ class Oracle:
         self.weight, self.x = weight, x  # fp32 [n, k], fp32 [max(ms), k]
         self._rows = sorted({row for m in ms for row in checked_rows(m)})
         self._place = {row: i for i, row in enumerate(self._rows)}
+        self._norms: dict[int, Tensor] = {}
 
     @cached_property
     def exact(self) -> Tensor:
@@ -86,7 +87,6 @@ class Oracle:
         k = self.weight.shape[1]
         group = how.act_group if how.act_group > 0 else k
         x = pad(self.x[:m], group).reshape(m, -1, group)
-        w = pad(self.weight, group).reshape(len(self.weight), -1, group)
         if how.act_levels == 255:  # affine: the grid spans [min, max] and contains zero
             span = x.amax(-1).clamp_min(0) - x.amin(-1).clamp_max(0)
         else:
@@ -94,7 +94,14 @@ class Oracle:
         if how.act_group == -1:
             span = torch.full_like(span, 2 * float(x.abs().max()))
         steps = span[checked_rows(m)].double() / how.act_levels
-        return steps.square() @ w.square().sum(-1).double().T
+        return steps.square() @ self._group_norms(group)
+
+    def _group_norms(self, group: int) -> Tensor:
+        """sum of w^2 over each group of columns, [groups, n]."""
+        if group not in self._norms:
+            w = pad(self.weight, group).reshape(len(self.weight), -1, group)
+            self._norms[group] = w.square().sum(-1).double().T
+        return self._norms[group]
 
     def match(self, y: Tensor, m: int, how: Rounding, roll: int = 0) -> float:
         """Largest error over its bound among the checked rows of y [m, n]; above 1, or NaN as inf: wrong.

@@ -37,10 +37,7 @@ class EffkRunner(Runner):
 
     def __init__(self, problem: Problem, case: Case, tier: str) -> None:
         self._problem, self._case, self._tier = problem, case, tier
-        one, self.oracle = packed(problem, case)
-        tensors = [t for t in one.tensors if t is not None]
-        self.nbytes = sum(t.numel() * t.element_size() for t in tensors)
-        self._copies = [PackedWeight(*map(clone, one.tensors), *one.geometry) for _ in range(machine.copies(self.nbytes))]
+        self._copies, self.nbytes, self.oracle = packed_copies(problem, case)
 
     def bind(self, m: int) -> None:
         self._x = self._problem.x[:m].to(getattr(torch, self._case.dtype)).contiguous()
@@ -86,9 +83,9 @@ class MultiRunner(EffkRunner):
         return [(0, ys[0]), (0, ys[-1])]
 
 
-def packed(problem: Problem, case: Case) -> tuple[PackedWeight, Oracle]:
-    """The weight in kernel layout with its oracle; made once for a problem."""
-    key = f"effk {case.bits} {case.outliers}"
+def packed_copies(problem: Problem, case: Case) -> tuple[list[PackedWeight], int, Oracle]:
+    """Copies of the weight in kernel layout, the bytes of one, and its oracle; made once for all forms, tiers and batches."""
+    key = f"{OURS} {case.bits} {case.outliers}"
     if key not in problem.extras:
         weight = problem.quantized(case.bits, case.shape.group)
         codes, oracle, outliers = weight.codes, weight.oracle, None
@@ -100,7 +97,10 @@ def packed(problem: Problem, case: Case) -> tuple[PackedWeight, Oracle]:
             outliers = csr_from_mask(values, mask)
             oracle = Oracle(torch.where(mask, values.float(), oracle.weight), problem.x, problem.ms)
         stored = WqWeight.from_codes(codes, weight.scales.half(), bits=case.bits, group_size=case.shape.group, outliers=outliers)
-        problem.extras[key] = pack(stored), oracle
+        one = pack(stored)
+        nbytes = sum(t.numel() * t.element_size() for t in one.tensors if t is not None)
+        copies = [PackedWeight(*map(clone, one.tensors), *one.geometry) for _ in range(machine.copies(nbytes))]
+        problem.extras[key] = copies, nbytes, oracle
     return problem.extras[key]
 
 
