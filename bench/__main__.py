@@ -54,6 +54,7 @@ def main(
     shape: Annotated[str, typer.Option(help="Shapes NxK of the standard set, e.g. 4096x4096,1536x576.")] = "",
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure competitors too.")] = True,
     model: Annotated[Optional[list[Path]], typer.Option(help="runtime: folders written by `effk compress`.")] = None,
+    readme: Annotated[Optional[list[Path]], typer.Option(help="Measure nothing: write results/README.md from these files.")] = None,
     bars: Annotated[Optional[list[Path]], typer.Option(help="Measure nothing: judge the rows of these files.")] = None,
 ) -> None:
     """Measures OP and prints a table; every figure is of this run on this machine."""
@@ -62,6 +63,11 @@ def main(
         from . import bars as judge
 
         raise typer.Exit(judge.report(bars, console))
+    if readme:
+        from . import results
+
+        results.write(readme)
+        return
     if op not in OPS:
         raise typer.BadParameter(f"--op: expected one of {', '.join(OPS)}, got {op!r}")
     try:
