@@ -4,6 +4,7 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <cstring>
 
 namespace effk::EFFK_TIER {
 namespace {
@@ -61,6 +62,12 @@ EFFK_INLINE int32_t reduce_max_i(vi v) {
   n = _mm_max_epi32(n, _mm_shuffle_epi32(n, 0x4E));
   return _mm_cvtsi128_si32(_mm_max_epi32(n, _mm_shuffle_epi32(n, 0xB1)));
 }
+EFFK_INLINE float reduce_add_f(vf v) {
+  const __m256 a = _mm256_add_ps(v.a, v.b);
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
 EFFK_INLINE int32_t reduce_add_i(vi v) {
   const __m256i m = _mm256_add_epi32(v.a, v.b);
   __m128i n = _mm_add_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
@@ -109,6 +116,16 @@ EFFK_INLINE vf load_f16(const void* p) {
   const auto* q = static_cast<const __m128i*>(p);
   return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
 }
+EFFK_INLINE vf load_f16_part(const void* p, int count) {
+  uint16_t part[16] = {};
+  std::memcpy(part, p, size_t(count < 16 ? count : 16) * 2);
+  return load_f16(part);
+}
+EFFK_INLINE vf load_f32_part(const void* p, int count) {
+  float part[16] = {};
+  std::memcpy(part, p, size_t(count < 16 ? count : 16) * 4);
+  return load_f32(part);
+}
 EFFK_INLINE vf load_bf16(const void* p) {
   const auto* q = static_cast<const __m128i*>(p);
   return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(q)), 16)),
@@ -137,8 +154,10 @@ EFFK_INLINE void store_s8(void* p, vi v) {
   const __m256i w = _mm256_permute4x64_epi64(_mm256_packs_epi32(v.a, v.b), 0xD8);
   _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
 }
-// In assembly: g++ finds a lambda that only prefetches free of effects, and drops it.
+// In assembly: g++ finds a lambda that only prefetches free of effects, and drops it. prefetch_once is for lines that are
+// read once: they do not push x out of the cache.
 EFFK_INLINE void prefetch(const void* p) { __asm__ volatile("prefetcht0 (%0)" : : "r"(p)); }
+EFFK_INLINE void prefetch_once(const void* p) { __asm__ volatile("prefetchnta (%0)" : : "r"(p)); }
 
 }  // namespace
 }  // namespace effk::EFFK_TIER

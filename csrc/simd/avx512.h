@@ -44,6 +44,13 @@ EFFK_INLINE vf mul_f(vf a, vf b) { return _mm512_mul_ps(a, b); }
 EFFK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 EFFK_INLINE vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 EFFK_INLINE int32_t reduce_max_i(vi v) { return _mm512_reduce_max_epi32(v); }
+// Folded by halves: lane i + 8 to lane i, then 4, 2, 1.
+EFFK_INLINE float reduce_add_f(vf v) {
+  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
 EFFK_INLINE int32_t reduce_add_i(vi v) { return _mm512_reduce_add_epi32(v); }
 
 // acc + the four-term dot product of unsigned and signed bytes in each 32-bit lane, exact in int32. `Wide` says that the
@@ -86,6 +93,13 @@ EFFK_INLINE vi lane_index() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8
 EFFK_INLINE vf load_f32(const void* p) { return _mm512_loadu_ps(p); }
 EFFK_INLINE void store_f32(void* p, vf v) { _mm512_storeu_ps(p, v); }
 EFFK_INLINE vf load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+// The first min(count, 16) values, zero beyond; reads nothing beyond.
+EFFK_INLINE vf load_f16_part(const void* p, int count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff), p));
+}
+EFFK_INLINE vf load_f32_part(const void* p, int count) {
+  return _mm512_maskz_loadu_ps(count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff), p);
+}
 EFFK_INLINE vf load_bf16(const void* p) {
   return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16));
 }
@@ -102,8 +116,10 @@ EFFK_INLINE void store_bf16(void* p, vf v) {
 }
 // 16 x int32 in [-128, 127] to 16 bytes.
 EFFK_INLINE void store_s8(void* p, vi v) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
-// In assembly: g++ finds a lambda that only prefetches free of effects, and drops it.
+// In assembly: g++ finds a lambda that only prefetches free of effects, and drops it. prefetch_once is for lines that are
+// read once: they do not push x out of the cache.
 EFFK_INLINE void prefetch(const void* p) { __asm__ volatile("prefetcht0 (%0)" : : "r"(p)); }
+EFFK_INLINE void prefetch_once(const void* p) { __asm__ volatile("prefetchnta (%0)" : : "r"(p)); }
 
 }  // namespace
 }  // namespace effk::EFFK_TIER

@@ -55,6 +55,10 @@ EFFK_INLINE vf mul_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] * b.
 EFFK_INLINE vf fma(vf a, vf b, vf c) { return make_f([&](int l) { return std::fmaf(a.v[l], b.v[l], c.v[l]); }); }
 EFFK_INLINE vf fnma(vf a, vf b, vf c) { return make_f([&](int l) { return std::fmaf(-a.v[l], b.v[l], c.v[l]); }); }
 EFFK_INLINE int32_t reduce_max_i(vi a) { int32_t m = a.v[0]; for (int l = 1; l < 16; ++l) m = a.v[l] > m ? a.v[l] : m; return m; }
+EFFK_INLINE float reduce_add_f(vf a) {
+  for (int half = 8; half; half /= 2) for (int l = 0; l < half; ++l) a.v[l] += a.v[l + half];
+  return a.v[0];
+}
 EFFK_INLINE int32_t reduce_add_i(vi a) { int32_t s = 0; for (int l = 0; l < 16; ++l) s += a.v[l]; return s; }
 
 EFFK_INLINE int32_t dot_lane(uint32_t u, uint32_t s) {
@@ -79,12 +83,23 @@ EFFK_INLINE void put_half(void* p, int l, uint16_t h) { std::memcpy(static_cast<
 EFFK_INLINE vf load_f32(const void* p) { vf r; std::memcpy(r.v, p, 64); return r; }
 EFFK_INLINE void store_f32(void* p, vf a) { std::memcpy(p, a.v, 64); }
 EFFK_INLINE vf load_f16(const void* p) { return make_f([=](int l) { return f16_to_float(half_at(p, l)); }); }
+EFFK_INLINE vf load_f16_part(const void* p, int count) {
+  uint16_t part[16] = {};
+  std::memcpy(part, p, size_t(count < 16 ? count : 16) * 2);
+  return load_f16(part);
+}
+EFFK_INLINE vf load_f32_part(const void* p, int count) {
+  float part[16] = {};
+  std::memcpy(part, p, size_t(count < 16 ? count : 16) * 4);
+  return load_f32(part);
+}
 EFFK_INLINE vf load_bf16(const void* p) { return make_f([=](int l) { return bf16_to_float(half_at(p, l)); }); }
 EFFK_INLINE vi load_u8(const void* p) { return make_i([=](int l) { return static_cast<const uint8_t*>(p)[l]; }); }
 EFFK_INLINE void store_f16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_f16(a.v[l])); }
 EFFK_INLINE void store_bf16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_bf16(a.v[l])); }
 EFFK_INLINE void store_s8(void* p, vi a) { for (int l = 0; l < 16; ++l) static_cast<int8_t*>(p)[l] = int8_t(a.v[l]); }
 EFFK_INLINE void prefetch(const void*) {}
+EFFK_INLINE void prefetch_once(const void*) {}
 
 }  // namespace
 }  // namespace effk::EFFK_TIER
