@@ -151,13 +151,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack(const Tensor& qweight, const Ten
   expect(Arg{op, "qweight"}, q, {d.u8}, {n, t16::ceil_div(k * bits, 8)});
   expect(Arg{op, "scales"}, s, {d.f16, d.f32}, {n, groups});
   const uint8_t* z = nullptr;
-  present(zeros, [&](const View& view) {
+  const bool has_zeros = present(zeros, [&](const View& view) {
     expect(Arg{op, "zeros"}, view, {d.u8}, {n, groups});
     z = view.data<uint8_t>();
   });
   Tensor table = empty({0}, d.f32);
   present(codebook, [&](const View& view) {
-    EFFK_CHECK(!z, op, ": zeros: expected none with a codebook, got both");
+    EFFK_CHECK(!has_zeros, op, ": zeros: expected none with a codebook, got both");
     const Arg arg{op, "codebook"};
     if (bits == 8) arg.fail("none at 8 bits, where integer codes are as good", view.text());
     if (view.dim == 2) {
@@ -171,10 +171,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack(const Tensor& qweight, const Ten
 
   Tensor packed = empty({tiles, t16::chunks(k, b), t16::chunk_bytes(b)}, d.u8);
   Tensor scales_p = empty({tiles, groups, t16::kTileRows}, s.dtype);
-  Tensor zeros_p = z ? empty({tiles, groups, t16::kTileRows}, d.u8) : empty({0}, d.u8);
+  Tensor zeros_p = has_zeros ? empty({tiles, groups, t16::kTileRows}, d.u8) : empty({0}, d.u8);
   wq_pack(q.data<uint8_t>(), s.data(), z, n, k, b, group_size, s.dtype == d.f32 ? 4 : 2,
           static_cast<uint8_t*>(packed.mutable_data_ptr()), scales_p.mutable_data_ptr(),
-          z ? static_cast<uint8_t*>(zeros_p.mutable_data_ptr()) : nullptr);
+          has_zeros ? static_cast<uint8_t*>(zeros_p.mutable_data_ptr()) : nullptr);
   return {packed, scales_p, zeros_p, table};
 }
 
@@ -185,7 +185,8 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed, const Tensor& sc
   const int64_t groups = t16::groups(k, group_size);
   Tensor q = empty({n, t16::ceil_div(k * bits, 8)}, d.u8);
   Tensor s = empty({n, groups}, w.scales_f32 ? d.f32 : d.f16);
-  Tensor z = w.zeros ? empty({n, groups}, d.u8) : empty({0}, d.u8);
+  const bool has_zeros = present(zeros, [](const View&) {});  // an empty tensor of the right shape has no address
+  Tensor z = has_zeros ? empty({n, groups}, d.u8) : empty({0}, d.u8);
   wq_unpack(w.packed, w.scales, w.zeros, n, k, w.bits, group_size, w.scales_f32 ? 4 : 2,
             static_cast<uint8_t*>(q.mutable_data_ptr()), s.mutable_data_ptr(),
             w.zeros ? static_cast<uint8_t*>(z.mutable_data_ptr()) : nullptr);

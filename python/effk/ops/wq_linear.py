@@ -28,7 +28,8 @@ codebook fp32 ``[2**bits]`` or ``[tiles, 2**bits, 16]`` (not at 8 bits), out_ptr
 Errors: RuntimeError naming the operation, the argument, what was expected and what came, before any work.
 
 A row of the result depends on neither the other rows nor the number of threads. In the int8 form a row of x with NaN or
-infinity gives a row of NaN. Differentiable with respect to x; the weight is frozen. Under autocast x is cast.
+infinity gives a row of NaN, and one codebook a row is an error. wq_linear is differentiable with respect to x and bias,
+wq_multi_linear with respect to x; weights are frozen. Under autocast x is cast.
 
 Source: group-wise weight-only quantisation as in FineQuant (Kim et al., 2023, arXiv:2308.09723), sparse outliers beside
 the quantised weight as in LLM-MQ (Li et al., 2023) and SqueezeLLM (Kim et al., 2023, arXiv:2306.07629).
@@ -185,9 +186,10 @@ def quantize_activations(rows: Tensor, group_size: int) -> tuple[Tensor, Tensor]
     top = padded.abs().amax(dim=-1)
     finite = padded.isfinite().all(dim=-1)
     usable = finite & (top >= 2.0**-119)
-    inverse = torch.where(usable, 127.0 / top, 0.0)
+    largest = torch.full_like(top, 127.0)  # a tensor, because number / tensor is reciprocal * number: another rounding
+    inverse = torch.where(usable, largest / top, 0.0)
     codes = torch.where(usable[..., None], (padded * inverse[..., None]).round(), 0.0)
-    scale = torch.where(usable, top / 127.0, 0.0).double()
+    scale = torch.where(usable, top / largest, 0.0).double()
     scale[~finite] = torch.nan
     return codes.double().reshape(m, -1)[:, :k], scale
 
@@ -197,8 +199,9 @@ def _reference_int8(rows: Tensor, weight: WqWeight) -> Tensor:
     values = dense_values(weight)
     if weight.codebook is not None:  # a table becomes bytes on the grid of its largest entry
         top = weight.codebook.abs().amax(dim=-1, keepdim=True)
-        bytes_ = (weight.codebook * (127.0 / top)).round()
-        tables = torch.where(top > 0, bytes_.double() * (top / 127.0).double(), 0.0).expand(weight.n, -1)
+        largest = torch.full_like(top, 127.0)
+        bytes_ = (weight.codebook * (largest / top)).round()
+        tables = torch.where(top > 0, bytes_.double() * (top / largest).double(), 0.0).expand(weight.n, -1)
         values = tables.gather(1, weight.codes().long())
     values = values * expand_groups(weight.scales.double(), weight)
     width = min(weight.group_size or MAX_ACT_GROUP, MAX_ACT_GROUP)
@@ -213,17 +216,21 @@ def _ceil_div(a: int, b: int) -> int:
     return (a + b - 1) // b
 
 
+def _absent(t: Tensor | None) -> bool:
+    return t is None or t.shape == (0,)
+
+
 @torch.library.register_fake("effk::wq_pack")
 def _(qweight, scales, zeros, codebook, n, k, bits, group_size):  # type: ignore[no-untyped-def]
     tiles, grid = _ceil_div(n, TILE_ROWS), (_ceil_div(n, TILE_ROWS), num_groups(k, group_size), TILE_ROWS)
     chunk_k, chunk_bytes = (32, 192) if bits == 3 else (32 // bits, 64)
     table: tuple[int, ...] = (0,)
-    if codebook is not None and codebook.numel():
+    if not _absent(codebook):
         table = (1 << bits,) if codebook.dim() == 1 else (tiles, 1 << bits, TILE_ROWS)
     return (
         qweight.new_empty((tiles, _ceil_div(k, chunk_k), chunk_bytes)),
         scales.new_empty(grid),
-        qweight.new_empty((0,) if zeros is None else grid),
+        qweight.new_empty((0,) if _absent(zeros) else grid),
         scales.new_empty(table, dtype=torch.float32),
     )
 
@@ -234,7 +241,7 @@ def _(packed, scales, zeros, n, k, bits, group_size):  # type: ignore[no-untyped
     return (
         packed.new_empty((n, _ceil_div(k * bits, 8))),
         scales.new_empty(grid),
-        packed.new_empty((0,) if zeros is None else grid),
+        packed.new_empty((0,) if _absent(zeros) else grid),
     )
 
 
@@ -276,7 +283,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     grad_x = None
     if ctx.needs_input_grad[0]:
         grad_x = torch.ops.effk.wq_linear_backward(grad, *ctx.saved_tensors, *ctx.geometry)
-    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[8] else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if ctx.needs_input_grad[8] else None
     return grad_x, *[None] * 7, grad_bias, *[None] * 5
 
 
@@ -284,7 +291,9 @@ torch.library.register_autograd("effk::wq_linear", _backward, setup_context=_kee
 
 
 def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    _, *columns, _bias, n, k, bits, group_size, _compute = inputs
+    _, *columns, bias, n, k, bits, group_size, _compute = inputs
+    # What PyTorch wants for an argument without gradient: a list of None for a list of tensors, else one None.
+    ctx.nothing = [[None] * len(c) if all(isinstance(t, Tensor) for t in c) else None for c in (*columns, bias)]
     ctx.weights = [
         (tensors, (rows, k, b, group))
         for *tensors, rows, b, group in zip(*columns, n, bits, group_size, strict=True)
@@ -297,8 +306,7 @@ def _multi_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         if grad is not None:
             part = torch.ops.effk.wq_linear_backward(grad, *tensors, *geometry)
             grad_x = part if grad_x is None else grad_x + part
-    count = len(ctx.weights)
-    return grad_x, *[[None] * count] * 8, *[None] * 5
+    return grad_x, *ctx.nothing, *[None] * 5
 
 
 torch.library.register_autograd("effk::wq_multi_linear", _multi_backward, setup_context=_keep_weights)
