@@ -90,6 +90,7 @@ class EffkQuantizer(HfQuantizer):
         if record["fuse"]:
             fuse_shared_inputs(model)
         setattr(model, PROVENANCE, record["recipe"])
+        model.is_quantized = False  # True would make model.float() and .half() refuse, which our modules allow
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -117,7 +118,6 @@ def adopt(model: PreTrainedModel) -> None:
     """Make a model that was compressed in memory known as ours, so that its ``save_pretrained`` writes what loads again."""
     empty = {"version": VERSION, "fuse": False, "recipe": None, "layers": {}, "embedding": None, "weights": None}
     model.hf_quantizer = EffkQuantizer(EffkConfig(**empty))  # the record is made when the model is saved
-    model.is_quantized = True
     model.quantization_method = QUANT_METHOD
 
 
