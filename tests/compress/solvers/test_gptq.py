@@ -145,7 +145,7 @@ def test_no_live_column() -> None:
 def test_damping_grows_until_the_hessian_factorises() -> None:
     x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
     singular = x.t() @ x - 1e-3 * torch.eye(64) * float(x.square().mean())
-    assert factorize(singular.abs().triu() * 0 + singular, damping=1e-9).damping > 1e-9
+    assert factorize(singular, damping=1e-9).damping > 1e-9
     assert factorize(torch.eye(64)).damping == 0.01
 
 
