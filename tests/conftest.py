@@ -22,9 +22,12 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    """The same number of threads on every machine; a test that changes it need not restore it."""
+def one_thread() -> Iterator[None]:
+    """The problems are small: waking a second thread costs more than it brings, and on a busy machine much more.
+
+    A test of threads sets their number itself and need not restore it.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
