@@ -37,7 +37,7 @@ const Kernel* choose(const WqLinearArgs& a, const WqWeight& w) {
   return k ? k : find(Form::fp32);
 }
 bool is_gemv(const Kernel& k, const WqLinearArgs& a, const WqWeight& w) {
-  return a.m <= kGemvRows && !(w.codebook && (k.form == Form::int8 || w.codebook_per_row));
+  return a.m <= k.gemv_rows && !(w.codebook && (k.form == Form::int8 || w.codebook_per_row));
 }
 
 constexpr size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -58,7 +58,7 @@ Rows describe(const WqLinearArgs& a, const WqWeight& w, const Kernel& k) {
   r.kpad = t16::ceil_div(a.k, kPadK) * kPadK;
   r.span = t16::act_group(w.group);
   r.spans = t16::ceil_div(a.k, r.span);
-  r.blocks = int(a.m <= kGemvRows ? 1 : t16::ceil_div(a.m, k.block_rows));
+  r.blocks = int(a.m <= k.gemv_rows ? 1 : t16::ceil_div(a.m, k.block_rows));
   r.block_rows = int(t16::ceil_div(a.m, r.blocks));  // even blocks: 16 rows are 8 + 8, not 12 + 4
   r.blocks = int(t16::ceil_div(a.m, r.block_rows));
   return r;

@@ -17,7 +17,6 @@ constexpr int kPadK = 32;  // prepared rows are zero-padded to this, the largest
 constexpr int kTransposeRows = 8;      // from this many rows of x, outliers run over a transposed copy
 constexpr int kMaxBlockRows = 8;       // rows of x that meet a pair of tiles in registers
 constexpr int kMaxBlocks = 16;         // row blocks per call: their results and operands stay in a first-level cache
-constexpr int kGemvRows = 4;           // up to here the results stay in registers over the whole of K
 
 // x prepared for one form and one span length, in the order in which gemm consumes it: batches of kMaxBlocks blocks of
 // `block_rows` rows (the last batch and the last block may be shorter), and inside a batch
@@ -65,10 +64,11 @@ struct Kernel {
   bool needs_bf16;
   Form form;
   const char* name;
-  int block_rows;              // of gemm; gemv takes up to kGemvRows rows as one block
+  int block_rows;              // of gemm
+  int gemv_rows;               // gemv takes up to this many rows of x, as one block
   int gemv_tiles, gemm_tiles;
   void (*prepare)(const void* x, DType dtype, int block, const Rows& rows);
-  void (*gemv)(const Tile&);   // at most kGemvRows rows; no codebooks in the int8 form, none per row
+  void (*gemv)(const Tile&);   // results stay in registers over all of K; no codebooks in the int8 form, none per row
   void (*gemm)(const Tile&);   // any number of rows, span by span over a batch of row blocks
 };
 
