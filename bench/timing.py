@@ -68,7 +68,8 @@ def take_turns(contenders: Mapping[str, Contender], turns: int = TURNS, seconds:
     names = list(contenders)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for r in range(turns):
-        for name in names[r % len(names) :] + names[: r % len(names)]:
+        first = r % max(1, len(names))
+        for name in names[first:] + names[:first]:
             mine = samples[name]
             long_call = bool(mine) and min(mine) * contenders[name].products > LONG_CALL_S * 1e6
             if long_call and len(mine) >= LONG_CALLS:

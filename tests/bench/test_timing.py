@@ -19,6 +19,7 @@ def test_contenders_alternate_and_are_activated_before_each_turn() -> None:
     assert order == list("ABC" "BCA" "CAB")
     assert all(len(values) == 3 for values in samples.values())  # the warm-up call of a turn is not counted
     assert all(log.count(name) == 6 for name in "abc")
+    assert take_turns({}) == {}
 
 
 def test_samples_are_microseconds_of_one_product() -> None:
