@@ -147,15 +147,20 @@ def _check_files(model: nn.Module, record: dict[str, Any], files: Sequence[str],
     unknown = sorted(set(held) - set(expected))
     if missing or unknown:
         raise ValueError(f"load: expected the tensors of the model, got {missing[:3]} missing and {unknown[:3]} unknown")
-    for prefix, module in model.named_modules():
-        for key, buffer in module._buffers.items() if isinstance(module, StoredWeight) else ():
-            if buffer is None:
-                continue
-            shape, dtype = held[f"{prefix}.{key}"]
-            if shape != tuple(buffer.shape) or (key != "bias" and _SAFETENSORS_DTYPES.get(dtype) != buffer.dtype):
-                raise ValueError(
-                    f"load: {prefix}.{key}: expected {buffer.dtype} {list(buffer.shape)}, got {dtype} {list(shape)}"
-                )
+    exact = {
+        f"{prefix}.{key}"
+        for prefix, module in model.named_modules()
+        if isinstance(module, StoredWeight)
+        for key in module.geometry_tensors
+    }
+    for name, tensor in expected.items():
+        if name not in held:
+            continue
+        shape, code = held[name]
+        dtype = _SAFETENSORS_DTYPES.get(code)
+        same_kind = dtype is not None and dtype.is_floating_point == tensor.dtype.is_floating_point
+        if shape != tuple(tensor.shape) or not (dtype == tensor.dtype if name in exact else same_kind):
+            raise ValueError(f"load: {name}: expected {tensor.dtype} {list(tensor.shape)}, got {code} {list(shape)}")
 
 
 def _weight(name: str, stored: StoredWeight) -> WqWeight:

@@ -23,11 +23,13 @@ class StoredWeight(nn.Module):
         """``fields`` is a module's entry of the record; ``bias`` the length of a bias, or None."""
         super().__init__()
         self.geometry = geometry_of(fields)
-        for name, (shape, dtype) in state_shapes(self.geometry).items():
+        shapes = state_shapes(self.geometry)
+        self.geometry_tensors = tuple(shapes)
+        for name, (shape, dtype) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         self.register_buffer("bias", None if bias is None else torch.empty(bias))
 
     def to_weight(self) -> WqWeight:
         """The weight; raises ValueError if what was loaded is not legal."""
-        state: dict[str, Tensor] = {name: buffer for name, buffer in self._buffers.items() if name != "bias"}
+        state: dict[str, Tensor] = {name: self._buffers[name] for name in self.geometry_tensors}
         return WqWeight.from_state(state, self.geometry)
