@@ -1,11 +1,18 @@
-// The emulated CUDA kernels of wq_linear against a float64 reference, without torch: the program that runs under ASan and
-// UBSan, in every thread order, and that must fail for every planted bug of mutants.py.
+// The CUDA kernels of wq_linear against a float64 reference, without torch. Emulated (EFFK_CUEMU), this is the program that
+// runs under ASan and UBSan in every thread order and must fail for every planted bug of mutants.py; on a GPU, the one
+// that compute-sanitizer watches.
 //   driver [bits]     bits 2, 3, 4 or 8: only the cases of that width
+#ifndef EFFK_CUEMU
+#include <cuda_runtime.h>
+#endif
+
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -39,6 +46,37 @@ struct Buffer {
   }
   size_t offset_, size_;
   std::unique_ptr<T, decltype(&std::free)> memory_;
+};
+
+// What the kernels see of a buffer: itself under the emulation, a copy of its exact size on a GPU.
+template <class T>
+struct Mirror {
+#ifdef EFFK_CUEMU
+  explicit Mirror(const Buffer<T>& host) : host_(host), p_(host.data()) {}
+  void fetch() const {}
+#else
+  explicit Mirror(const Buffer<T>& host) : host_(host) {
+    const size_t bytes = std::max<size_t>(host.size() * sizeof(T), 1);
+    check(cudaMalloc(&base_, bytes + kShift));
+    p_ = reinterpret_cast<T*>(base_ + reinterpret_cast<uintptr_t>(host.data()) % kShift);  // as far off alignment
+    if (host.size()) check(cudaMemcpy(p_, host.data(), host.size() * sizeof(T), cudaMemcpyHostToDevice));
+  }
+  ~Mirror() { cudaFree(base_); }
+  Mirror(const Mirror&) = delete;
+  void fetch() const { check(cudaMemcpy(host_.data(), p_, host_.size() * sizeof(T), cudaMemcpyDeviceToHost)); }
+#endif
+  T* get() const { return p_; }
+
+ private:
+  const Buffer<T>& host_;
+  T* p_;
+#ifndef EFFK_CUEMU
+  static constexpr size_t kShift = 16;
+  static void check(cudaError_t e) {
+    if (e != cudaSuccess) throw std::runtime_error(cudaGetErrorString(e));
+  }
+  char* base_;
+#endif
 };
 
 float decode(uint16_t bits, DType type) { return type == DType::f16 ? f16_to_float(bits) : bf16_to_float(bits); }
@@ -111,13 +149,18 @@ double worst(const Case& c, std::mt19937& random) {
   std::copy(values.begin(), values.end(), out_val.data());
   for (size_t i = 0; i < x.size(); ++i) x[i] = encode(normal(random), c.type);
 
+  std::fill_n(y.data(), y.size(), uint16_t(0xffff));  // what the kernel does not write stays NaN
+  const Mirror<uint8_t> packed_d(packed), zeros_d(zeros_p), scales_d(scales_p);
+  const Mirror<float> tables_d(tables), bias_d(bias);
+  const Mirror<int32_t> out_ptr_d(out_ptr);
+  const Mirror<uint16_t> out_col_d(out_col), out_val_d(out_val), x_d(x), y_d(y);
   WqWeight weight{};
-  weight.packed = packed.data();
-  weight.scales = scales_p.data();
-  weight.zeros = c.zeros ? zeros_p.data() : nullptr;
-  weight.codebook = c.codebook ? tables.data() : nullptr;
-  if (c.outliers) weight.out_ptr = out_ptr.data(), weight.out_col = out_col.data(), weight.out_val = out_val.data();
-  weight.bias = c.bias ? bias.data() : nullptr;
+  weight.packed = packed_d.get();
+  weight.scales = scales_d.get();
+  weight.zeros = c.zeros ? zeros_d.get() : nullptr;
+  weight.codebook = c.codebook ? tables_d.get() : nullptr;
+  if (c.outliers) weight.out_ptr = out_ptr_d.get(), weight.out_col = out_col_d.get(), weight.out_val = out_val_d.get();
+  weight.bias = c.bias ? bias_d.get() : nullptr;
   weight.n = n;
   weight.k = k;
   weight.bits = c.bits;
@@ -126,7 +169,11 @@ double worst(const Case& c, std::mt19937& random) {
   weight.codebook_per_row = c.per_row;
   weight.bias_dtype = DType::f32;
   const int outliers = int(columns.size());
-  if (cuda::wq_linear(weight, outliers, x.data(), y.data(), c.type, c.m, nullptr) != 0) return INFINITY;
+  const auto launched = [](int error) {
+    if (error) throw std::runtime_error(cuda::error_text(error));
+  };
+  launched(cuda::wq_linear(weight, outliers, x_d.get(), y_d.get(), c.type, c.m, nullptr));
+  y_d.fetch();
 
   const double last_place = c.type == DType::f16 ? 0x1p-11 : 0x1p-8;
   double ratio = 0.0;
@@ -149,8 +196,12 @@ double worst(const Case& c, std::mt19937& random) {
 
   Buffer<float> full(n * k);
   Buffer<uint16_t> half(n * k);
-  if (cuda::wq_dequantize(weight, outliers, full.data(), DType::f32, nullptr) != 0) return INFINITY;
-  if (cuda::wq_dequantize(weight, outliers, half.data(), c.type, nullptr) != 0) return INFINITY;
+  const Mirror<float> full_d(full);
+  const Mirror<uint16_t> half_d(half);
+  launched(cuda::wq_dequantize(weight, outliers, full_d.get(), DType::f32, nullptr));
+  launched(cuda::wq_dequantize(weight, outliers, half_d.get(), c.type, nullptr));
+  full_d.fetch();
+  half_d.fetch();
   for (int64_t i = 0; i < n * k; ++i) {
     const double magnitude = std::fabs(w[i]) + 2 * std::fabs(sparse[i]);
     check(full[i], w[i], 0x1p-22 * magnitude + 1e-30);

@@ -2,8 +2,6 @@
 
 #include <dlfcn.h>
 
-#include "torch/check.h"
-
 namespace effk::binding {
 
 #ifdef EFFK_CUEMU

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "torch/check.h"
 #include "torch/tensor.h"
 
 namespace effk::binding {
@@ -11,15 +12,20 @@ namespace effk::binding {
 // Makes a tensor's device the current one for its lifetime.
 struct OnDevice {
   Home home;
-  explicit OnDevice(const Tensor& t) : home(View(t).home)
-#ifndef EFFK_CUEMU
-      , guard(home.index)
+#ifdef EFFK_CUEMU
+  OnDevice(const Arg&, const Tensor& t) : home(View(t).home) {}
+#else
+  OnDevice(const Arg& arg, const Tensor& t) : home(cuda_home(arg, t)), guard(home.index) {}
 #endif
-  {}
   void* stream() const;  // a cudaStream_t
 
  private:
 #ifndef EFFK_CUEMU
+  static Home cuda_home(const Arg& arg, const Tensor& t) {
+    const View view(t);
+    if (view.home.type != aoti_torch_device_type_cuda()) arg.fail("a tensor on cuda, as others are", view.text());
+    return view.home;
+  }
   torch::stable::accelerator::DeviceGuard guard;
 #endif
 };

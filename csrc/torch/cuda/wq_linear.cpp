@@ -102,7 +102,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const
               int64_t group_size, const std::string& compute) {
   constexpr const char* op = "wq_linear";
   check_compute(op, compute);
-  const OnDevice device(packed);
+  const OnDevice device(Arg{op, "packed"}, packed);
   DeviceWeight d = device_weight(op, -1, {packed, scales, zeros, codebook, out_ptr, out_col, out_val}, n, k, bits, group_size, device.home);
   add_bias(op, -1, bias, d.w, device.home);
   return linear_checked(op, make_input(Arg{op, "x"}, x, k, device.home), device.home, d, bias, device.stream());
@@ -121,7 +121,7 @@ std::vector<Tensor> multi_linear(const Tensor& x, std::vector<Tensor> packed, st
                             {"out_ptr", out_ptr.size()}, {"out_col", out_col.size()}, {"out_val", out_val.size()},
                             {"bias", bias.size()},       {"n", n.size()},             {"bits", bits.size()},
                             {"group_size", group_size.size()}});
-  const OnDevice device(x);
+  const OnDevice device(Arg{op, "x"}, x);
   const Input in = make_input(Arg{op, "x"}, x, k, device.home);
   std::vector<DeviceWeight> weights;
   for (size_t i = 0; i < count; ++i) {  // all of them before any work
@@ -138,7 +138,7 @@ Tensor dequantize(const Tensor& packed, const Tensor& scales, const OptionalTens
                   const OptionalTensor& out_ptr, const OptionalTensor& out_col, const OptionalTensor& out_val, int64_t n, int64_t k,
                   int64_t bits, int64_t group_size) {
   constexpr const char* op = "wq_dequantize";
-  const OnDevice device(packed);
+  const OnDevice device(Arg{op, "packed"}, packed);
   const DeviceWeight d = device_weight(op, -1, {packed, scales, zeros, codebook, out_ptr, out_col, out_val}, n, k, bits, group_size, device.home);
   return dequantized(op, d, device.home, DType::f32, device.stream());
 }
@@ -148,7 +148,7 @@ Tensor linear_backward(const Tensor& grad, const Tensor& packed, const Tensor& s
                        const OptionalTensor& codebook, const OptionalTensor& out_ptr, const OptionalTensor& out_col,
                        const OptionalTensor& out_val, int64_t n, int64_t k, int64_t bits, int64_t group_size) {
   constexpr const char* op = "wq_linear_backward";
-  const OnDevice device(packed);
+  const OnDevice device(Arg{op, "packed"}, packed);
   const DeviceWeight d = device_weight(op, -1, {packed, scales, zeros, codebook, out_ptr, out_col, out_val}, n, k, bits, group_size, device.home);
   const Input in = make_input(Arg{op, "grad"}, grad, n, device.home);
   return torch::stable::matmul(in.owner, dequantized(op, d, device.home, in.dtype, device.stream()));

@@ -1,0 +1,216 @@
+"""Builds, tests and measures the CUDA half of effk on a machine with an NVIDIA GPU; ``make gpu-check`` runs it.
+
+Needs nvcc, CMake, Ninja, pybind11, a CUDA build of torch 2.11 or later and pytest, and no network. It installs nothing: the
+package is assembled under build/gpu. Every step has a time limit, all of them together stay below nine minutes, and a
+step that fails does not stop the later ones.
+
+    python tools/gpu_check.py [--out FOLDER] [--lab] [--skip STEP ...]
+
+Writes to FOLDER (default build/gpu/results): report.txt, report.json, bench.json, primitives.txt (what the GPU's instructions
+returned: the file to commit as tests/cuda/golden/primitives.txt), and the logs of the steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / "build" / "gpu"
+PACKAGE = BUILD / "package"
+LIMIT_S = 520  # of everything; the rest of nine minutes is for starting Python and for a step that ends late
+
+
+class Check:
+    """Runs steps, keeps their logs and verdicts."""
+
+    def __init__(self, out: Path, skip: list[str]) -> None:
+        self.out, self.skip, self.start = out, skip, time.monotonic()
+        self.steps: list[dict[str, object]] = []
+        self.env = dict(os.environ, PYTHONPATH=str(PACKAGE), EFFK_TEST_GPU_ONLY="1", PYTHONUNBUFFERED="1")
+        if "CUDACXX" not in self.env and shutil.which("nvcc") is None:
+            self.env["CUDACXX"] = "/usr/local/cuda/bin/nvcc"
+        self.nvcc = self.env.get("CUDACXX", "nvcc")
+
+    def run(self, name: str, commands: list[list[str]], limit: float, *, stdout: Path | None = None) -> bool:
+        """One step: commands in order until one fails. Its log is FOLDER/<name>.log."""
+        left = LIMIT_S - (time.monotonic() - self.start)
+        if name in self.skip or left < 5:
+            return self._done(name, "skipped" if name in self.skip else "no time left", 0.0)
+        began, verdict = time.monotonic(), "ok"
+        with open(self.out / f"{name}.log", "w") as log:
+            for command in commands:
+                try:
+                    allowed = min(limit - (time.monotonic() - began), LIMIT_S - (time.monotonic() - self.start))
+                    if stdout:
+                        with open(stdout, "w") as file:
+                            code = subprocess.run(command, stdout=file, stderr=log, env=self.env, cwd=ROOT, timeout=allowed).returncode
+                    else:
+                        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=self.env, cwd=ROOT, timeout=allowed).returncode
+                except subprocess.TimeoutExpired:
+                    verdict = "time limit"
+                    break
+                except OSError as error:
+                    verdict = f"failed: {error}"
+                    break
+                if code:
+                    verdict = f"failed with exit status {code}"
+                    break
+        return self._done(name, verdict, time.monotonic() - began)
+
+    def _done(self, name: str, verdict: str, seconds: float) -> bool:
+        self.steps.append({"step": name, "verdict": verdict, "seconds": round(seconds, 1)})
+        print(f"{name:22} {verdict:28} {seconds:6.1f} s", flush=True)
+        return verdict == "ok"
+
+    def tail(self, name: str, lines: int) -> str:
+        path = self.out / f"{name}.log"
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else ""
+
+
+def folder(package: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"gpu-check: the Python package {package} is needed and not installed")
+    return Path(spec.origin).parent
+
+
+def assemble_package(version: str) -> None:
+    """python/effk and its metadata under build/gpu/package; the build adds the libraries."""
+    shutil.rmtree(PACKAGE, ignore_errors=True)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "python" / "effk", PACKAGE / "effk", ignore=ignored)
+    info = PACKAGE / f"effk-{version}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: effk\nVersion: {version}\n")
+
+
+def build_commands(version: str) -> list[list[str]]:
+    definitions = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_INSTALL_PREFIX": PACKAGE,
+        "EFFK_VERSION": version,
+        "EFFK_CUDA": "ON",
+        "EFFK_CUDA_ARCHS": os.environ.get("EFFK_CUDA_ARCHS", "90a-real"),
+        "Python_EXECUTABLE": sys.executable,
+        "TORCH_DIR": folder("torch"),
+        "pybind11_DIR": folder("pybind11") / "share" / "cmake" / "pybind11",
+    }
+    cmake = BUILD / "cmake"
+    program = shutil.which("cmake", path=str(Path(sys.executable).parent)) or "cmake"
+    if ninja := shutil.which("ninja", path=str(Path(sys.executable).parent)):
+        definitions["CMAKE_MAKE_PROGRAM"] = ninja
+    return [
+        [program, "-S", str(ROOT), "-B", str(cmake), "-G", "Ninja", *(f"-D{k}={v}" for k, v in definitions.items())],
+        [program, "--build", str(cmake), "--parallel", str(os.cpu_count())],
+        [program, "--install", str(cmake)],
+    ]
+
+
+def nvcc(check: Check, output: str, *sources: str, libraries: list[str] | None = None) -> list[str]:
+    arch = os.environ.get("EFFK_CUDA_ARCHS", "90a-real").split(";")[0].removesuffix("-real")
+    return [check.nvcc, "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-lineinfo",
+            f"-I{ROOT}/csrc", "-o", str(BUILD / output), *(str(ROOT / s) for s in [*sources, *(libraries or [])])]  # fmt: skip
+
+
+def machine() -> dict[str, object]:
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    smi = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else "nvidia-smi not found"
+    return {"date": date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "driver": smi, "torch": torch.__version__,
+            "python": platform.python_version(), "sms": torch.cuda.get_device_properties(0).multi_processor_count}  # fmt: skip
+
+
+def bars(bench: dict[str, object]) -> list[str]:
+    """The speeds that this op promises, checked on the measured rows: lines for the report."""
+    rows = [r for r in bench["rows"] if r["backend"] == "effk" and r["dtype"] == "float16" and r["case"] == "float"]
+    at = {(r["shape"]["N"], r["shape"]["K"], r["shape"]["bits"], r["shape"]["M"]): r for r in rows}
+    lines = []
+
+    def line(ok: bool, text: str) -> None:
+        lines.append(f"{'met   ' if ok else 'MISSED'}  {text}")
+
+    for n, k in ((8192, 8192), (4096, 14336)):
+        if row := at.get((n, k, 4, 1)):
+            line(row["roofline"] >= 0.85, f"M 1, 4 bits, {n}x{k}: {row['roofline']:.1%} of device-copy bandwidth, bar 85 %")
+        times = [at[n, k, b, 1]["us"] for b in (2, 3, 4) if (n, k, b, 1) in at]
+        if len(times) == 3:
+            line(times[0] < times[1] < times[2], f"{n}x{k}: time at 2, 3, 4 bits: {times[0]:.2f} < {times[1]:.2f} < {times[2]:.2f} us")
+        if row := at.get((n, k, 4, 16)):
+            line(row["vs_best"] >= 3.2, f"M 16, 4 bits, {n}x{k}: {row['vs_best']:.2f} times cuBLAS fp16, bar 3.2")
+    for key, row in sorted(at.items()):
+        if row["vs_best"] < 1.0:
+            line(False, f"slower than cuBLAS fp16: {row['vs_best']:.2f} times at {key[0]}x{key[1]}, {key[2]} bits, M {key[3]}")
+    if all(r["vs_best"] >= 1.0 for r in rows):
+        line(True, "never slower than cuBLAS fp16")
+    worst = max((r["match"] for r in bench["rows"] if r["match"] is not None), default=0.0)
+    line(worst <= 1.0, f"largest error over its bound: {worst:.3f}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=BUILD / "results", help="folder for the results")
+    parser.add_argument("--lab", action="store_true", help="also time kernel variants (bench/lab)")
+    parser.add_argument("--quick", action="store_true", help="a shorter bench")
+    parser.add_argument("--skip", nargs="*", default=[], help="steps to leave out")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    args.out = args.out.resolve()
+    BUILD.mkdir(parents=True, exist_ok=True)
+
+    import torch
+
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu-check: torch sees no CUDA device")
+    info = machine()
+    print(" · ".join(f"{k} {v}" for k, v in info.items()), flush=True)
+    check = Check(args.out, args.skip)
+    version = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assemble_package(version)
+    kernels = str((BUILD / "cmake" / "libeffk_cuda.a").relative_to(ROOT))
+
+    check.run("build", build_commands(version), 240)
+    check.run("build_driver", [nvcc(check, "driver", "tests/cuda/driver.cpp", "csrc/ops/wq_linear/pack.cpp", libraries=[kernels])], 120)
+    check.run("primitives", [nvcc(check, "primitives", "tests/cuda/primitives.cu"), [str(BUILD / "primitives")]], 60,
+              stdout=args.out / "primitives.txt")  # fmt: skip
+    check.run("driver", [[str(BUILD / "driver")]], 60)
+    if args.lab:
+        check.run("lab", [nvcc(check, "lab", "bench/lab/cuda_wq_linear.cu"), [str(BUILD / "lab")]], 150)
+    check.run("tests", [[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda"]], 120)
+    bench_ok = check.run("bench", [[sys.executable, "tools/gpu_bench.py", str(args.out / "bench.json"), *(["--quick"] if args.quick else [])]], 180)
+    if sanitizer := shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer"):
+        for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+            check.run(f"sanitizer_{tool}", [[sanitizer, "--tool", tool, "--error-exitcode", "3", str(BUILD / "driver"), "4"]], 60)
+    else:
+        check.run("sanitizer", [["compute-sanitizer"]], 1)
+
+    sections = ["gpu-check\n" + "\n".join(f"  {k}: {v}" for k, v in info.items()),
+                "\n".join(f"{s['step']:22} {s['verdict']:28} {s['seconds']:6.1f} s" for s in check.steps)]  # fmt: skip
+    report: dict[str, object] = {"machine": info, "steps": check.steps}
+    if bench_ok:
+        bench = json.loads((args.out / "bench.json").read_text())
+        report["bars"] = bars(bench)
+        sections += ["\n".join(report["bars"]), (args.out / "bench.log").read_text()]
+    for step in check.steps:
+        if step["verdict"] not in ("ok", "skipped"):
+            sections.append(f"---- {step['step']}: {step['verdict']}\n{check.tail(str(step['step']), 40)}")
+    (args.out / "report.txt").write_text("\n\n".join(sections) + "\n")
+    (args.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    print("\n\n".join(sections))
+    return 0 if all(s["verdict"] in ("ok", "skipped") for s in check.steps) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
