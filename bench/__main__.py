@@ -38,7 +38,6 @@ def pin(threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
 
 
 @app.command()
@@ -58,7 +57,7 @@ def main(
     bars: Annotated[Optional[list[Path]], typer.Option(help="Measure nothing: judge the rows of these files.")] = None,
 ) -> None:
     """Measures OP and prints a table; every figure is of this run on this machine."""
-    console = Console(width=None if Console().is_terminal else 200)
+    console = Console(width=None if Console().is_terminal else 200, log_path=False)
     if bars:
         from . import bars as judge
 
@@ -90,6 +89,7 @@ def linear(quick: bool, threads: int, json_file: Path | None, isa: str, m: str, 
            baselines: bool, console: Console) -> None:
     """The wq_linear table."""
     import effk
+    import torch
 
     from . import measure, report, shapes
 
@@ -111,7 +111,7 @@ def linear(quick: bool, threads: int, json_file: Path | None, isa: str, m: str, 
     ms = integers(m) if m else shapes.MS_QUICK if quick else shapes.MS
     plan = measure.Plan(chosen, ms, threads, tiers, widths, forms, wait_s=5.0 if quick else measure.QUIET_WAIT_S,
                         turns=3 if quick else 5, baselines=baselines)
-    with console.status("measuring") as status:
+    with console.status("measuring") as status, torch.inference_mode():  # as deployed: autograd alone costs microseconds a call
         result = measure.run(plan, lambda text: (status.update(text), console.log(text)))
     if json_file:
         report.write_jsonl(json_file, [*measure.machine_rows(result), *result.rows, *measure.missing_rows(result, threads)])

@@ -29,6 +29,7 @@ def problem(shape: Shape) -> Problem:
     return _problems[shape]
 
 
+@torch.inference_mode()
 def measure(benchmark: object, entry: Backend, shape: Shape, m: int) -> None:
     """Checks one backend, then times it."""
     data = problem(shape)

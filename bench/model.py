@@ -53,6 +53,7 @@ class Runtime:
     divergence: float
 
 
+@torch.no_grad()
 def run(threads: int, quick: bool, folders: list[Path], console: Console) -> list[Row]:
     """Measures every runtime and prints the table; `folders` hold models saved by effk, else one is compressed here."""
     ids = torch.randint(1000, 20000, (1, PROMPT), generator=torch.Generator().manual_seed(0))

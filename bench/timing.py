@@ -1,4 +1,4 @@
-"""Fair timing on a shared machine: backends take turns, so that drift hits all; foreign CPU time is watched."""
+"""Fair timing on a shared machine: backends take turns, so that drift hits all, and turns that others disturbed are left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TURNS = 5
 PAUSE_S = 0.004  # before a turn: the worker threads of the backend before it stop spinning
 LONG_CALL_S = 0.02  # from here on a call is its own warm-up
 LONG_CALLS = 3  # of which this many are enough: each goes over a whole rotation of weights
-FOREIGN_LIMIT = 0.04  # share of a core; blocks with more are measured again
+FOREIGN_LIMIT = 0.04  # share of a core; turns with more are left out where others are quieter, blocks with more repeated
 QUIET_SHARE = 0.06  # of a core, over QUIET_STEP_S, counts as quiet
 QUIET_STEP_S = 0.5
 
@@ -44,14 +44,23 @@ def summary(samples: Sequence[float]) -> Timing:
     return Timing(middle, high - low, min(samples), len(samples))
 
 
-def turn(contender: Contender, seconds: float, long_call: bool) -> list[float]:
-    """One backend's turn: microseconds per product of each call, one untimed call first unless calls are long."""
+@dataclass(frozen=True)
+class Turn:
+    """One backend's turn: microseconds per product of each call, and the share of a core that others used meanwhile."""
+
+    samples: tuple[float, ...]
+    foreign: float
+
+
+def turn(contender: Contender, seconds: float, long_call: bool, foreign: ForeignCpu) -> Turn:
+    """Calls for `seconds`, at least once; one untimed call first unless calls are long."""
     time.sleep(PAUSE_S)
     contender.activate()
     call = contender.call
     if not long_call:
         call()
     samples = []
+    foreign.restart()
     now = time.perf_counter_ns
     end = now() + int(seconds * 1e9)
     while True:
@@ -60,22 +69,29 @@ def turn(contender: Contender, seconds: float, long_call: bool) -> list[float]:
         stop = now()
         samples.append((stop - start) / 1e3 / contender.products)
         if stop >= end:
-            return samples
+            return Turn(tuple(samples), foreign.share())
 
 
-def take_turns(contenders: Mapping[str, Contender], turns: int = TURNS, seconds: float = TURN_S) -> dict[str, list[float]]:
-    """Samples of each contender; every round starts with another one."""
-    names = list(contenders)
-    samples: dict[str, list[float]] = {name: [] for name in names}
+def take_turns(contenders: Mapping[str, Contender], turns: int = TURNS, seconds: float = TURN_S) -> dict[str, list[Turn]]:
+    """The turns of each contender; every round starts with another one."""
+    names, foreign = list(contenders), ForeignCpu()
+    done: dict[str, list[Turn]] = {name: [] for name in names}
     for r in range(turns):
         first = r % max(1, len(names))
         for name in names[first:] + names[:first]:
-            mine = samples[name]
+            mine = [us for t in done[name] for us in t.samples]
             long_call = bool(mine) and min(mine) * contenders[name].products > LONG_CALL_S * 1e6
-            if long_call and len(mine) >= LONG_CALLS:
-                continue
-            mine += turn(contenders[name], seconds, long_call)
-    return samples
+            if not long_call or len(mine) < LONG_CALLS:
+                done[name].append(turn(contenders[name], seconds, long_call, foreign))
+    return done
+
+
+def quiet(turns: Sequence[Turn]) -> tuple[list[float], float]:
+    """Samples of the turns that others left alone, or else of the quieter half; and the foreign share they still had."""
+    shares = sorted(t.foreign for t in turns)
+    limit = FOREIGN_LIMIT if shares[0] <= FOREIGN_LIMIT else shares[(len(shares) - 1) // 2]
+    kept = [t for t in turns if t.foreign <= limit]
+    return [us for t in kept for us in t.samples], statistics.fmean(t.foreign for t in kept)
 
 
 class ForeignCpu:

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from bench import timing
-from bench.timing import Contender, ForeignCpu, summary, take_turns
+from bench.timing import Contender, ForeignCpu, Turn, quiet, summary, take_turns
 
 
 def test_contenders_alternate_and_are_activated_before_each_turn() -> None:
@@ -17,22 +17,30 @@ def test_contenders_alternate_and_are_activated_before_each_turn() -> None:
     samples = take_turns(contenders, turns=3, seconds=0.0)
     order = [entry for entry in log if entry.isupper()]
     assert order == list("ABC" "BCA" "CAB")
-    assert all(len(values) == 3 for values in samples.values())  # the warm-up call of a turn is not counted
+    assert all(len(turns) == 3 for turns in samples.values())
+    assert all(len(turn.samples) == 1 for turns in samples.values() for turn in turns)  # without the warm-up call
     assert all(log.count(name) == 6 for name in "abc")
     assert take_turns({}) == {}
 
 
 def test_samples_are_microseconds_of_one_product() -> None:
-    (value,) = take_turns({"x": Contender(lambda: time.sleep(0.01), 5)}, turns=1, seconds=0.0)["x"]
-    assert value >= 2000
+    (turn,) = take_turns({"x": Contender(lambda: time.sleep(0.01), 5)}, turns=1, seconds=0.0)["x"]
+    assert turn.samples[0] >= 2000
 
 
 def test_long_calls_stop_after_a_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "LONG_CALL_S", 0.001)
     calls: list[int] = []
-    samples = take_turns({"x": Contender(lambda: (calls.append(1), time.sleep(0.002)))}, turns=10, seconds=0.0)["x"]
-    assert len(samples) == timing.LONG_CALLS
+    turns = take_turns({"x": Contender(lambda: (calls.append(1), time.sleep(0.002)))}, turns=10, seconds=0.0)["x"]
+    assert len(turns) == timing.LONG_CALLS
     assert len(calls) == timing.LONG_CALLS + 1  # only the first turn warms up
+
+
+def test_disturbed_turns_are_left_out_where_others_are_quieter() -> None:
+    calm, busy = Turn((1.0, 2.0), 0.0), Turn((9.0,), 0.5)
+    assert quiet([busy, calm, busy]) == ([1.0, 2.0], 0.0)
+    assert quiet([busy, Turn((8.0,), 0.3)]) == ([8.0], 0.3)  # the quieter half when none is calm
+    assert quiet([calm, Turn((3.0,), timing.FOREIGN_LIMIT)])[0] == [1.0, 2.0, 3.0]
 
 
 def test_summary() -> None:
