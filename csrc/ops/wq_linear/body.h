@@ -276,17 +276,16 @@ inline void prefetch_outliers(const WqWeight& w, int64_t tile) {
 // A row's sparse sum has 16 partial sums, entry i going to partial i mod 16 by a fused multiply-add, folded by halves at the
 // end: the same for every tier and for any number of rows of x.
 //
-// Few rows of x. All entries of a tile are gathered by one loop of scalar loads without a branch per row (0.9 cycles an
-// entry on Zen 5; a loop per row costs 2.6 in mispredicted exits and chain latency, vector gathers no less), then each row
-// is a masked vector product. `next` is the following tile's weights: asking for them meanwhile keeps the memory busy.
+// Few rows of x. All entries of a tile are gathered by one loop of scalar loads without a branch per row (a loop per row
+// costs three times that in mispredicted exits and chain latency, vector gathers no less), then each row is a masked
+// vector product.
 constexpr int kPiece = 2048;
 template <class Col>
-inline void gather_piece(const WqWeight& w, const float* x, int64_t j, int count, float* values, float* picked, const uint8_t* next) {
+inline void gather_piece(const WqWeight& w, const float* x, int64_t j, int count, float* values, float* picked) {
   const Col* cols = static_cast<const Col*>(w.out_col) + j;
   int i = 0;
   for (; i + 16 <= count; i += 16) {
     store_f32(values + i, load_f16(w.out_val + j + i));
-    unroll<4>([&](auto line) { prefetch_once(next + i * 16 + line * 64); });
     unroll<16>([&](auto q) { picked[i + q] = x[cols[i + q]]; });
   }
   if (i < count) store_f32(values + i, load_f16_part(w.out_val + j + i, count - i));
@@ -296,12 +295,12 @@ EFFK_INLINE vf sparse_dot(const float* values, const float* picked, int count, v
   for (int i = 0; i < count; i += 16) acc = fma(load_f32_part(values + i, count - i), load_f32_part(picked + i, count - i), acc);
   return acc;
 }
-template <class Col> inline void sparse_few(const Tile& t, int64_t n0, int lanes, const float* x, float* sum, const uint8_t* next) {
+template <class Col> inline void sparse_few(const Tile& t, int64_t n0, int lanes, const float* x, float* sum) {
   const WqWeight& w = *t.w;
   alignas(64) float values[kPiece], picked[kPiece];
   const int64_t first = w.out_ptr[n0], last = w.out_ptr[n0 + lanes];
   const bool whole = last - first <= kPiece;
-  if (whole) gather_piece<Col>(w, x, first, int(last - first), values, picked, next);
+  if (whole) gather_piece<Col>(w, x, first, int(last - first), values, picked);
   for (int lane = 0; lane < lanes; ++lane) {
     int64_t j = w.out_ptr[n0 + lane];
     const int64_t end = w.out_ptr[n0 + lane + 1];
@@ -310,7 +309,7 @@ template <class Col> inline void sparse_few(const Tile& t, int64_t n0, int lanes
     else
       for (; j < end; j += kPiece) {  // a tile with very many entries: row by row, pieces of whole vectors
         const int count = int(end - j < kPiece ? end - j : kPiece);
-        gather_piece<Col>(w, x, j, count, values, picked, next);
+        gather_piece<Col>(w, x, j, count, values, picked);
         acc = sparse_dot(values, picked, count, acc);
       }
     sum[lane] += reduce_add_f(acc);
@@ -344,8 +343,7 @@ EFFK_INLINE int lanes_of(const WqWeight& w, int64_t tile) { return int(w.n - til
 template <class Col> inline void add_outliers(const Tile& t, int64_t tile, int64_t m0, int rows, float* acc) {
   const int lanes = lanes_of(*t.w, tile);
   if (t.rows->m >= wq::kTransposeRows) return sparse_many<Col>(t, tile * 16, lanes, m0, rows, acc);
-  const uint8_t* next = t.w->packed + (tile + 1) * t16::chunks(t.w->k, t.w->bits) * t16::chunk_bytes(t.w->bits);
-  for (int r = 0; r < rows; ++r) sparse_few<Col>(t, tile * 16, lanes, t.dense_x + (m0 + r) * t.w->k, acc + r * 16, next);
+  for (int r = 0; r < rows; ++r) sparse_few<Col>(t, tile * 16, lanes, t.dense_x + (m0 + r) * t.w->k, acc + r * 16);
 }
 
 // Outliers, bias, rounding, store.
@@ -408,7 +406,8 @@ EFFK_INLINE void dot_span(typename D::Acc (&acc)[MR][NT][Parts], const uint8_t* 
 // Tiles beyond the last one repeat it: their results are dropped, and no second set of kernels is needed for the remainder.
 template <int NT> EFFK_INLINE int64_t tile_index(const Tile& t, int i) { return t.tile + (i < t.tiles ? i : t.tiles - 1); }
 
-template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t) {
+// NT tiles from t.tile on: y[tile][row of x][16].
+template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t, float* out) {
   const WqWeight& w = *t.w;
   const Rows& r = *t.rows;
   const Codes codes = codes_of(w, D::kForm);
@@ -444,26 +443,35 @@ template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t) {
       });
     });
   }
-  alignas(64) float out[NT][MR * 16];
-  unroll<NT>([&](auto i) { unroll<MR>([&](auto m) { store_f32(out[i] + m * 16, y[m][i]); }); });
-  for (int i = 0; i < t.tiles; ++i) finish_tile(t, t.tile + i, 0, MR, out[i]);
+  unroll<NT>([&](auto i) { unroll<MR>([&](auto m) { store_f32(out + (i * MR + m) * 16, y[m][i]); }); });
 }
 
-template <class D, int Bits, int NT> void gemv_rows(const Tile& t) {
+template <class D, int Bits, int NT> void gemv_rows(const Tile& t, float* out) {
   switch (t.rows->m) {
-    case 1: return gemv_tiles<D, Bits, 1, NT>(t);
-    case 2: return gemv_tiles<D, Bits, 2, NT>(t);
-    case 3: return gemv_tiles<D, Bits, 3, NT>(t);
-    default: return gemv_tiles<D, Bits, 4, NT>(t);
+    case 1: return gemv_tiles<D, Bits, 1, NT>(t, out);
+    case 2: return gemv_tiles<D, Bits, 2, NT>(t, out);
+    case 3: return gemv_tiles<D, Bits, 3, NT>(t, out);
+    default: return gemv_tiles<D, Bits, 4, NT>(t, out);
   }
 }
+// The outliers of all tiles come last and together: between the tiles they would break the weight stream 256 times in a
+// 4096 x 4096 product, and x would have to return to the first-level cache each time.
 template <class D, class D8, int NT> void gemv(const Tile& t) {
-  switch (t.w->bits) {
-    case 2: return gemv_rows<D, 2, NT>(t);
-    case 3: return gemv_rows<D, 3, NT>(t);
-    case 4: return gemv_rows<D, 4, NT>(t);
-    default: return gemv_rows<D8, 8, NT>(t);
+  alignas(64) float y[(wq::kMaxGemvTiles + NT) * 4 * 16];
+  const int m = int(t.rows->m);
+  for (int i = 0; i < t.tiles; i += NT) {
+    Tile part = t;
+    part.tile = t.tile + i;
+    part.tiles = t.tiles - i < NT ? t.tiles - i : NT;
+    float* out = y + i * m * 16;
+    switch (t.w->bits) {
+      case 2: gemv_rows<D, 2, NT>(part, out); break;
+      case 3: gemv_rows<D, 3, NT>(part, out); break;
+      case 4: gemv_rows<D, 4, NT>(part, out); break;
+      default: gemv_rows<D8, 8, NT>(part, out);
+    }
   }
+  for (int i = 0; i < t.tiles; ++i) finish_tile(t, t.tile + i, 0, m, y + i * m * 16);
 }
 
 // ---- gemm -------------------------------------------------------------------------------------------------------------

@@ -172,6 +172,10 @@ void wq_linear(const WqLinearArgs& a, void* workspace, const ParallelFor& pf) {
       Work& o = work[i];
       o = {&w, a.y[first + i], k, &l.rows[key], is_gemv(*k, a, w), 0, t16::tiles(w.n), 0, 0};
       o.step = o.gemv ? k->gemv_tiles : k->gemm_tiles;
+      if (o.gemv && w.out_ptr) {  // long items keep the outliers out of the weight stream; four a thread keep threads busy
+        const int64_t share = o.tiles / (4 * pf.threads) / o.step * o.step;
+        o.step = int(share < o.step ? o.step : share > kMaxGemvTiles ? kMaxGemvTiles : share);
+      }
       o.columns = t16::ceil_div(o.tiles, o.step);
       items += o.columns * t16::ceil_div(o.r->blocks, kMaxBlocks);
       o.end = items;

@@ -17,6 +17,7 @@ constexpr int kPadK = 32;  // prepared rows are zero-padded to this, the largest
 constexpr int kTransposeRows = 8;      // from this many rows of x, outliers run over a transposed copy
 constexpr int kMaxBlockRows = 8;       // rows of x that meet a pair of tiles in registers
 constexpr int kMaxBlocks = 16;         // row blocks per call: their results and operands stay in a first-level cache
+constexpr int kMaxGemvTiles = 32;      // tiles that one call of gemv may be given
 
 // x prepared for one form and one span length, in the order in which gemm consumes it: batches of kMaxBlocks blocks of
 // `block_rows` rows (the last batch and the last block may be shorter), and inside a batch
@@ -52,7 +53,7 @@ struct Tile {
   const WqWeight* w;
   const Rows* rows;
   int64_t tile;                // first tile of 16 weight rows
-  int tiles;                   // 1 .. Kernel::gemv_tiles or gemm_tiles
+  int tiles;                   // gemv: 1 .. kMaxGemvTiles; gemm: 1 .. Kernel::gemm_tiles
   int block, blocks;           // row blocks of x
   const float* dense_x;        // only with outliers: fp32 x, [m][k] below kTransposeRows rows, else [m / 16][k][16]
   void* y;                     // whole output [m, n]
