@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from .registry import Progress
+
 DEFINITION = (
     "perplexity per token: exp of the mean negative log-likelihood (natural) over the text's first {windows} "
     "non-overlapping windows of {context} tokens, no special tokens added, each window on its own, its first token not scored"
@@ -16,14 +18,22 @@ DEFINITION = (
 
 
 def perplexity(
-    model: nn.Module, tokenizer: Any, text: str, context: int = 1024, windows: int = 8, *, batch: int = 1
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    context: int = 1024,
+    windows: int = 8,
+    *,
+    batch: int = 1,
+    progress: Progress | None = None,
 ) -> float:
     """Perplexity per token of a causal language model on ``text``.
 
     ``exp( -1 / (windows * (context - 1)) * sum_w sum_{t=1}^{context-1} log p(x_{w,t} | x_{w,0..t-1}) )``, where window w
     holds tokens ``w * context .. (w + 1) * context - 1`` of the text, tokenised as a whole without special tokens. The
     first token of a window is only context. Log-probabilities are computed in fp32 from the model's logits and summed
-    in float64; ``batch`` windows run at once, which changes no result beyond rounding.
+    in float64; ``batch`` windows run at once, which changes no result beyond rounding. ``progress`` is called as
+    ``progress("evaluate", done, windows)``.
 
     It is a *token* perplexity: models with other tokenizers, and papers that count words, are not comparable.
 
@@ -43,6 +53,8 @@ def perplexity(
                 losses = cross_entropy(logits.flatten(0, 1).float(), part[:, 1:].flatten(), reduction="none")
                 total += losses.double().sum().cpu()
                 scored += losses.numel()
+                if progress is not None:
+                    progress("evaluate", scored // (context - 1), windows)
     finally:
         model.train(training)
     return math.exp(total.item() / scored)
