@@ -167,9 +167,16 @@ def _backward(block: Block, members: Sequence[Layer], gradients: list[Tensor]) -
             wanted = [leaf, *(seen[layer.name][1] for layer in members)]
             bottom, *tops = torch.autograd.grad(out, wanted, gradient)
         below.append(bottom)
+        sequences = len(hidden)  # OPT's feed-forward layers see them joined into one
         for layer, dy in zip(members, tops, strict=True):
-            dys[layer.name].append(dy)
+            dys[layer.name].append(dy.reshape(sequences, -1, dy.shape[-1]))
         for group, first in {layer.input_group: layer.name for layer in members}.items():
-            xs[group].append(seen[first][0])
+            x = seen[first][0]
+            xs[group].append(x.reshape(sequences, -1, x.shape[-1]))
     inputs = {group: torch.cat(parts).float() for group, parts in xs.items()}
     return {layer.name: Probe(inputs[layer.input_group], torch.cat(dys[layer.name]).float()) for layer in members}, below
+
+
+def _by_sequence(t: Tensor, hidden: Tensor) -> Tensor:
+    """``[batch, length, features]`` of a tensor that the block may have flattened to tokens (OPT does)."""
+    return t.reshape(*hidden.shape[:2], t.shape[-1])
