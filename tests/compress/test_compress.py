@@ -198,6 +198,13 @@ def test_layers_that_cannot_be_compressed_say_why() -> None:
     }  # fmt: skip
 
 
+def test_a_module_under_two_names_is_left_alone() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    model.add_module("again", model[0])
+    report = effk.compress(model, Nearest())
+    assert set(report.layers) == {"2"} and report.skipped == {"0": "shares its weight with again"}
+
+
 def test_progress_is_told() -> None:
     told: list[tuple[str, int, int]] = []
     effk.compress(small_model("gpt2"), Nearest(), progress=lambda *step: told.append(step))

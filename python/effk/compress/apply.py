@@ -67,6 +67,7 @@ def _compress_layer(
     restored = weight.dequantize()
     _self_check(layer.name, module, restored)
     replace(context.model, layer.name, module)
+    layer.module = None  # the last reference to the dense weight but for ``dense``
     return LayerReport(
         bits=weight.bits,
         true_bits=weight.bits_per_weight(),

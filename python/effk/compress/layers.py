@@ -18,41 +18,37 @@ SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("quer
 _BLOCK = re.compile(r"^(.*?\b(?:layers|h|blocks|layer)\.\d+)\.")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Layer:
     """A linear layer that a plan can name.
 
     Attributes:
         name: dotted module name in the model.
-        module: ``nn.Linear`` or ``Conv1D``.
+        module: ``nn.Linear`` or ``Conv1D``; None once the layer has been replaced, so that its weight can be freed.
         block: name of the transformer block that holds it, or None (for example ``lm_head``).
         input_group: equal for layers of one block that read the same input; else the layer's own name.
+        transposed: whether the module stores ``[K, N]``.
+        n, k: outputs and inputs.
+        nbytes: bytes of the weight as the model holds it.
     """
 
     name: str
-    module: nn.Module
+    module: nn.Module | None
     block: str | None
     input_group: str
+    transposed: bool
+    n: int
+    k: int
+    nbytes: int
 
-    @property
-    def transposed(self) -> bool:
-        """Whether the module stores ``[K, N]``."""
-        return is_conv1d(self.module)
-
-    @property
-    def n(self) -> int:
-        """Outputs."""
-        return self.module.weight.shape[1 if self.transposed else 0]
-
-    @property
-    def k(self) -> int:
-        """Inputs."""
-        return self.module.weight.shape[0 if self.transposed else 1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the weight as the model holds it."""
-        return self.module.weight.numel() * self.module.weight.element_size()
+    @classmethod
+    def of(cls, name: str, module: nn.Module) -> Layer:
+        """The layer that ``module`` is under ``name``."""
+        transposed = is_conv1d(module)
+        n, k = module.weight.shape[::-1] if transposed else module.weight.shape
+        block = _BLOCK.match(name)
+        size = module.weight.numel() * module.weight.element_size()
+        return cls(name, module, block.group(1) if block else None, input_group(name), transposed, n, k, size)
 
     def weight(self) -> Tensor:
         """The weight as detached fp32 ``[N, K]`` on its own device.
@@ -75,11 +71,11 @@ def is_conv1d(module: nn.Module) -> bool:
 def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
     """The model's linear layers in module order, and those that cannot be compressed with the reason.
 
-    A weight shared with another module (a head tied to the embedding) is in the second: replacing one user would store
-    it twice. ``Recipe.embedding_bits`` compresses both sides of such a pair.
+    A weight or module used under another name too (a head tied to the embedding) is in the second: replacing one user
+    would store it twice. ``Recipe.embedding_bits`` compresses both sides of such a pair.
     """
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         for parameter in module._parameters.values():
             if parameter is not None and parameter.dim() == 2:
                 owners.setdefault(id(parameter), []).append(name)
@@ -98,8 +94,7 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
         elif module.weight.numel() == 0:
             refused[name] = "weight is empty"
         else:
-            block = _BLOCK.match(name)
-            found.append(Layer(name, module, block.group(1) if block else None, input_group(name)))
+            found.append(Layer.of(name, module))
     return found, refused
 
 

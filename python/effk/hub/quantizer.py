@@ -128,7 +128,10 @@ def _check_target(model: nn.Module, name: str, fields: dict[str, Any], transpose
         weight = None
     shape = (fields["n"], fields["k"])
     if weight is None:
-        raise ValueError(f"load: {name}: expected a module with a weight in {type(model).__name__}, got none")
+        saved = ", ".join(getattr(model.config, "architectures", None) or ())
+        raise ValueError(
+            f"load: {name}: expected a module with a weight in {type(model).__name__}, got none; the file holds a {saved}"
+        )
     if tuple(weight.shape) != shape and not (transposed_ok and tuple(weight.shape) == shape[::-1]):
         raise ValueError(f"load: {name}: expected the model's shape {list(weight.shape)}, got {list(shape)}")
 

