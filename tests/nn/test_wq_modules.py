@@ -159,6 +159,14 @@ def test_sharing_never_serves_stale_products(blocks: tuple[Block, Block], multi_
     assert torch.equal(shared.v(a), alone.v(a)), "a second call computes anew"
 
 
+def test_only_the_first_layer_computes_for_the_others(blocks: tuple[Block, Block], multi_calls: list[int]) -> None:
+    """Called out of order, or one of them only, layers cost no more than alone."""
+    alone, shared = blocks
+    x = random_input(2, 96)
+    assert torch.equal(shared.v(x), alone.v(x)) and torch.equal(shared.k(x), alone.k(x))
+    assert not multi_calls and x.__dict__ == {}
+
+
 def test_sharing_in_inference_mode(blocks: tuple[Block, Block], multi_calls: list[int]) -> None:
     alone, shared = blocks
     with torch.inference_mode():

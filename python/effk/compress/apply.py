@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..formats.wq import WqWeight
+from ..formats.wq import WqWeight, weight_bytes
 from ..nn import WqLinear
 from .calibrate import LayerStats, stream_blocks
 from .embedding import replace
@@ -158,5 +158,15 @@ def model_bytes(model: nn.Module) -> int:
 
 def stored_bytes(module: WqLinear) -> int:
     """Bytes of a compressed layer in canonical form, bias included."""
-    bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
-    return module.to_weight().nbytes() + bias
+    table = None if module.codebook is None else "shared" if module.codebook.dim() == 1 else "row"
+    dense = weight_bytes(
+        module.out_features,
+        module.in_features,
+        module.bits,
+        module.group_size,
+        zeros=module.zeros is not None,
+        scale_bytes=module.scales.element_size(),
+        codebook=table,
+    )
+    rest = (module.out_ptr, module.out_col, module.out_val, module.bias)
+    return dense + sum(t.numel() * t.element_size() for t in rest if t is not None)

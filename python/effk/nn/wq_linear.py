@@ -87,6 +87,10 @@ class WqLinear(FrozenDtypes):
         """``x`` ``[..., in_features]`` to ``[..., out_features]`` of the same dtype."""
         if self._shared is not None and _may_share(x):
             return self._shared.one(self, x)
+        return self.alone(x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        """``forward`` without sharing work with layers over the same input."""
         return torch.ops.effk.wq_linear.default(
             x, *self._weight_args(), self._buffers["bias"],
             self.out_features, self.in_features, self.bits, self.group_size, self.compute,
@@ -125,11 +129,11 @@ class WqMultiLinear(nn.Module):
     ``forward(x)`` returns all products. The activations are read and (int8 form) quantised once, and the threads share
     one region; each product is bit for bit what its layer alone would give.
 
-    :meth:`attach` makes an existing model profit without a change of its code: the first of the layers to be called
-    with a tensor computes all products and leaves the others' *on that tensor object*, where they are taken, once, when
-    the sibling is called with the same object. So nothing outlives the tensor, threads with their own tensors never
-    meet, and whatever does not match (another tensor, an input written to in between, a second call) is computed anew.
-    Where tensors are traced rather than computed (compile, export) or need gradients, every layer works alone.
+    :meth:`attach` makes an existing model profit without a change of its code: the first layer, called with a tensor,
+    computes all products and leaves the others' *on that tensor object*, where each is taken, once, when its layer is
+    called with the same object. So nothing outlives the tensor, threads with their own tensors never meet, and whatever
+    does not match (another tensor, an input written to in between, a second call) is computed anew. Where tensors are
+    traced rather than computed (compile, export) or need gradients, every layer works alone.
     """
 
     def __init__(self, layers: Sequence[WqLinear]) -> None:
@@ -169,13 +173,15 @@ class WqMultiLinear(nn.Module):
         )
 
     def one(self, layer: WqLinear, x: Tensor) -> Tensor:
-        """The product of ``layer``: left on ``x`` by a sibling, or computed now together with the siblings'."""
+        """The product of ``layer``: left on ``x``, or computed now, by the first layer together with the siblings'."""
         version = None if x.is_inference() else x._version
         owner, when, waiting = x.__dict__.get(_SIBLINGS, (None, None, {}))
         if owner is self and when == version and (product := waiting.pop(id(layer), None)) is not None:
             if not waiting:
                 x.__dict__.pop(_SIBLINGS, None)  # or copying or saving x would drag this module along
             return product
+        if layer is not self.layers[0]:  # computing all here again would be waste if nobody came for the others
+            return layer.alone(x)
         products = {id(member): product for member, product in zip(self.layers, self(x), strict=True)}
         own = products.pop(id(layer))
         x.__dict__[_SIBLINGS] = (self, version, products)
