@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from effk.compress.solvers.rtn import MODES, Grid, decode, encode, round_to_nearest, search_grid
+from golden_matrices import golden_matrix
 
 # Relative Frobenius error for a 512 x 512 matrix in groups of 128, computed once from the modes' formulas; columns are
 # MODES without the last ("mse_asym" has no published twin).
@@ -19,17 +19,6 @@ GOLDEN = {
     ("struct", 4): (0.2491, 0.2356, 0.2237, 0.2185, 0.2193, 0.1659, 0.2016),
     ("struct", 2): (0.7710, 0.7139, 0.6539, 0.6253, 0.6732, 0.6373, 0.5137),
 }
-
-
-def golden_matrix(kind: str) -> Tensor:
-    """Gaussian, or Gaussian with a rank-4 part and eight large columns."""
-    generator = np.random.default_rng(0)
-    weight = generator.standard_normal((512, 512)) * 0.02
-    if kind == "struct":
-        left, right = generator.standard_normal((512, 4)), generator.standard_normal((4, 512))
-        weight = weight + 0.004 * left @ right
-        weight[:, generator.choice(512, 8, replace=False)] *= 6
-    return torch.tensor(weight, dtype=torch.float32)
 
 
 def relative_error(weight: Tensor, bits: int, group_size: int, mode: str, **options) -> float:

@@ -83,8 +83,11 @@ class LlmMq(Recipe):
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("choices", "outlier_bits"):
+        sequences = {"choices", "outlier_bits"}  # JSON brings them back as lists
+        for name in sequences:
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        overrides = {p: {k: tuple(v) if k in sequences else v for k, v in o.items()} for p, o in self.per_layer.items()}
+        object.__setattr__(self, "per_layer", overrides)
         super().__post_init__()
 
     def check(self) -> None:

@@ -76,7 +76,7 @@ def compress_weight(weight: Tensor, steps: Steps, inputs: Inputs | None, salienc
     bits, group_size = steps.bits, steps.group_size
     mask = select_outliers(weight, steps.outliers, saliency) if steps.outliers else None
     importance = None if inputs is None else inputs.diagonal
-    grid = search_grid(weight, bits, group_size, steps.mode, importance=importance, mask=mask)
+    grid = search_grid(weight, bits, group_size, steps.mode, importance=importance, mask=mask, quick=inputs is not None)
     if steps.second_order:
         codes, visited = gptq(weight, inputs.factor, grid, bits, group_size, mask=mask)
     else:
