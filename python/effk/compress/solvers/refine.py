@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .rtn import Grid, decode, spread, stored_scales
 
-_BLOCK = 64  # columns whose effect on the other columns' gradients is gathered into one matrix product
+_BLOCK = 64  # columns whose effect on the later columns' gradients is gathered into one matrix product
 _SCALE_RIDGE = 1e-4  # of the mean diagonal of A, towards the present scale: a group of zero codes keeps its scale
 
 
@@ -96,37 +96,37 @@ def descend(
 ) -> Tensor:
     """Codes after one sweep of coordinate descent over all columns; arguments as :func:`refine`.
 
-    With the gradient ``R = H D`` (all transposed, ``[K, N]``) the best value of ``D_j`` is ``D_j - R_j / H_jj``.
+    Transposed, with the gradient ``R = H D``, the best level of column j is ``level_j + R_j / (H_jj scale_j)``, rounded.
     """
     k, top = weight.shape[1], 2.0**bits - 1
     restored = decode(codes, grid, bits, group_size)
     if mask is not None:
         restored = torch.where(mask, kept, restored)
-    target = weight.t().contiguous()
-    gap = target - restored.t()
-    gradient = hessian @ gap
-    code = codes.t().float().contiguous()
-    step = spread(grid.scales.float(), k, group_size).t().contiguous()
+    gradient = hessian @ (weight - restored).t()
     zero = _zero_of(grid, bits, k, group_size).t().contiguous()
+    level = codes.t().float() - zero
+    low, high = -zero, top - zero
+    step = spread(grid.scales.float(), k, group_size).t().contiguous()
+    gain = 1 / (hessian.diagonal().unsqueeze(1) * step)
     fixed = None if mask is None else mask.t().contiguous()
-    diagonal = hessian.diagonal().tolist()
     for start in range(0, k, _BLOCK):
         stop = min(k, start + _BLOCK)
-        local, before = gradient[start:stop], gap[start:stop].clone()
         inside = hessian[start:stop, start:stop].contiguous()
-        for j in range(start, stop):
-            wanted = target[j] - gap[j] + local[j - start] / diagonal[j]
-            best = (wanted / step[j]).round_().add_(zero[j]).clamp_(0, top)
+        change = torch.zeros((stop - start, len(weight)))  # of D
+        for j in range(stop - start):
+            column = start + j
+            slope = gradient[column]
+            if j:
+                slope += inside[j, :j] @ change[:j]
+            best = slope.mul_(gain[column]).add_(level[column]).round_()
+            torch.clamp(best, low[column], high[column], out=best)
             if fixed is not None:
-                best = torch.where(fixed[j], code[j], best)
-            change = (code[j] - best).mul_(step[j])
-            local.addr_(inside[j - start], change)
-            gap[j] += change
-            code[j] = best
-        moved = gap[start:stop] - before
-        gradient[:start].addmm_(hessian[:start, start:stop], moved)
-        gradient[stop:].addmm_(hessian[stop:, start:stop], moved)
-    return code.t().to(torch.uint8).contiguous()
+                best = torch.where(fixed[column], level[column], best)
+            torch.sub(level[column], best, out=change[j]).mul_(step[column])
+            level[column] = best
+        if stop < k:
+            gradient[stop:].addmm_(hessian[stop:, start:stop], change)
+    return (level + zero).t().to(torch.uint8).contiguous()
 
 
 def _zero_of(grid: Grid, bits: int, k: int, group_size: int) -> Tensor:
