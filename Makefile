@@ -2,6 +2,7 @@
 #   make demo    compress a real model, run it, print the table (about 10 minutes on two cores)
 #   make test    build and run the tests
 #   make build   only build          make bench   measure against other libraries
+#   make fuzz    a million random kernel calls in guarded memory; make sanitize: 100,000 under ASan and UBSan
 #   make lint    check the style     make gpu-check   the tests that need an NVIDIA GPU
 # Variables: PYTHON, PIP_FLAGS (e.g. an index), PYTEST_FLAGS, and those of setup.py: EFFK_CUDA, EFFK_CUDA_ARCHS, EFFK_JOBS.
 
@@ -12,7 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: build test demo bench lint gpu-check clean
+.PHONY: build test demo bench fuzz sanitize lint gpu-check clean
 .DELETE_ON_ERROR:
 
 build: .venv/built
@@ -52,6 +53,15 @@ demo: build .venv/model
 
 bench: build .venv/competitors
 	$(BIN)/python -m bench
+
+fuzz: build
+	build/cmake-*/tests/cpp/fuzz_wq_linear 1000000
+
+sanitize: .venv/installed
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DEFFK_PYTHON=OFF \
+	  -DEFFK_CPP_TESTS=ON -DEFFK_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Sanitize -DCMAKE_CXX_FLAGS_SANITIZE=-O1
+	$(BIN)/cmake --build build/sanitize
+	build/sanitize/tests/cpp/fuzz_wq_linear 100000
 
 lint: .venv/installed
 	@$(PIP) ruff==0.17.5

@@ -86,7 +86,8 @@ class CMakeBuild(build_ext):
             "pybind11_DIR": str(package_dir("pybind11") / "share" / "cmake" / "pybind11"),
         }
         definitions |= {name: env[name] for name in ("EFFK_CUDA", "EFFK_CUDA_ARCHS") if name in env}
-        definitions["EFFK_CUEMU"] = "ON" if self.editable_mode else "OFF"  # emulated CUDA kernels: for tests
+        for name in ("EFFK_CUEMU", "EFFK_CPP_TESTS"):  # what only tests use: emulated CUDA kernels, C++ test programs
+            definitions[name] = "ON" if self.editable_mode else "OFF"
         cmake = program("cmake")
         run(
             "configuring",

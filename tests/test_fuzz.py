@@ -1,0 +1,25 @@
+"""The C++ fuzz program (tests/cpp): random calls on every tier, each buffer against an inaccessible page.
+
+``make fuzz`` runs a million calls, ``make sanitize`` the same program under ASan and UBSan.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BUILD = Path(__file__).parents[1] / "build" / f"cmake-{sys.implementation.cache_tag}"
+PROGRAM = BUILD / "tests" / "cpp" / "fuzz_wq_linear"
+
+CALLS = 20_000
+
+
+def test_random_calls() -> None:
+    if not PROGRAM.is_file():
+        pytest.skip("no build folder with the C++ tests: effk was not installed editable")
+    done = subprocess.run([PROGRAM, str(CALLS)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert f"{CALLS} calls" in done.stdout and "no finding" in done.stdout
