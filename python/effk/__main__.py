@@ -1,0 +1,6 @@
+"""``python -m effk`` is the ``effk`` command."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

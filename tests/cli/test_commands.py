@@ -1,0 +1,114 @@
+"""Every command on a tiny model: what it does, and that its JSON is the whole of stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import effk as package
+from effk import isa
+from effk.cli import bench
+from effk.compress import Plan
+
+LLM_MQ = ("--calib-length", "64", "--calib-sequences", "4", "--set", "score_sequences=2")
+
+
+def test_info_names_the_kernel_that_the_active_tier_uses(effk: Callable) -> None:
+    record = effk("info", "--json").json
+    assert record["isa"]["supported"] == isa.supported() and record["isa"]["active"] == isa.active()
+    assert record["build"]["version"] == package.__version__
+    with isa.use("scalar"):
+        assert effk("info", "--json").json["kernels"]["wq_linear"] == {"int8": "scalar:int8", "fp32": "scalar:fp32"}
+    text = effk("info")
+    assert text.status == 0 and isa.active() in text.stdout
+
+
+def test_compress_writes_a_model_with_plan_and_report(tiny: Path, effk: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "model"
+    options = ("--bits", 3.4, "--compute", "int8", "--embedding-bits", 8, *LLM_MQ)
+    ran = effk("compress", tiny, "--out", out, "--json", *options)
+    assert ran.status == 0, ran.stderr
+    record = ran.json
+    assert record["recipe"]["name"] == "llm-mq" and record["recipe"]["score_sequences"] == 2
+    assert 3.0 < record["report"]["nominal_bits"] <= 3.4
+    assert json.loads((out / "report.json").read_text()) == record["report"]
+    plan = Plan.load(out / "plan.json")
+    assert {name: entry.bits for name, entry in plan.layers.items()} == {
+        name: layer["bits"] for name, layer in record["report"]["layers"].items()
+    }
+    model = package.load(out)
+    assert model.dtype == torch.bfloat16  # as the model on disk was
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_an_edited_plan_is_applied(tiny: Path, effk: Callable, tmp_path: Path) -> None:
+    planned = effk("compress", tiny, "--recipe", "rtn", "--bits", 4, "--plan-only", "--out", tmp_path / "plan")
+    assert planned.status == 0, planned.stderr
+    assert [path.name for path in (tmp_path / "plan").iterdir()] == ["plan.json"]
+    layer = "model.layers.1.mlp.down_proj"
+    edited = Plan.load(tmp_path / "plan" / "plan.json").edit(layer, bits=2)
+    edited.save(tmp_path / "edited.json")
+    ran = effk("compress", tiny, "--plan", tmp_path / "edited.json", "--out", tmp_path / "model", "--json")
+    bits = {name: entry["bits"] for name, entry in ran.json["report"]["layers"].items()}
+    assert bits.pop(layer) == 2 and set(bits.values()) == {4}
+
+
+def test_plan_only_prints_a_plan_that_can_be_read_back(tiny: Path, effk: Callable) -> None:
+    plain = effk("compress", tiny, "--recipe", "finequant", "--bits", 3, "--plan-only")
+    as_json = effk("compress", tiny, "--recipe", "finequant", "--bits", 3, "--plan-only", "--json")
+    assert Plan.from_json(plain.stdout).layers.keys() == as_json.json["plan"]["layers"].keys()
+
+
+def test_calibration_files_change_the_result(tiny: Path, effk: Callable, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("zzz " * 500, encoding="utf-8")
+    errors = []
+    for extra in ((), ("--calib", text)):
+        ran = effk("compress", tiny, "--bits", 2, "--out", tmp_path / "model", "--json", *LLM_MQ, *extra)
+        errors.append([layer["error"] for layer in ran.json["report"]["layers"].values()])
+    assert errors[0] != errors[1]
+
+
+def test_eval_states_its_definition_and_matches_the_dense_model(tiny: Path, compressed: Path, effk: Callable) -> None:
+    options = ("--context", 64, "--windows", 2)
+    dense = effk("eval", tiny, "--json", "--dtype", "fp32", *options).json
+    record = effk("eval", compressed, "--json", "--dtype", "fp32", *options).json
+    assert "2 non-overlapping windows of 64 tokens" in record["definition"] and record["scored_tokens"] == 126
+    # A random model's log-perplexity hardly moves under 8-bit weights: their relative error is below 1 %.
+    assert abs(math.log(record["perplexity"] / dense["perplexity"])) < 0.01
+    text = effk("eval", compressed, *options)
+    assert record["definition"] in text.stdout and "perplexity" in text.stdout
+
+
+def test_generate_is_greedy_and_repeatable(compressed: Path, effk: Callable) -> None:
+    runs = [effk("generate", compressed, "--prompt", "hello", "--max-new-tokens", 5, "--json").json for _ in range(2)]
+    assert runs[0]["text"] == runs[1]["text"]
+    assert runs[0]["prompt_tokens"] == 5 and 1 <= runs[0]["new_tokens"] <= 5
+    piped = effk("generate", compressed, "--prompt", "-", "--max-new-tokens", 5, "--json", stdin="hello")
+    assert piped.json["text"] == runs[0]["text"]
+    sampled = effk("generate", compressed, "--prompt", "hello", "--temperature", 50, "--seed", 1, "--json").json
+    assert sampled["text"] != runs[0]["text"]
+
+
+def test_the_small_benchmark_measures_every_width_and_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "SHAPE", (64, 256))
+    monkeypatch.setattr(bench, "ROTATION", 1 << 16)
+    rows = bench.kernel_rows()
+    assert [(row["weights"], row["form"]) for row in rows] == [("bf16", "torch")] + [
+        (f"{bits} bits", form) for bits in (8, 4, 3, 2) for form in ("int8", "float")
+    ]
+    assert all(row["us"] > 0 and row["vs_bf16"] > 0 for row in rows)
+
+
+def test_the_program_and_the_module_are_the_same_command() -> None:
+    for command in ([str(Path(sys.executable).with_name("effk"))], [sys.executable, "-m", "effk"]):
+        ran = subprocess.run([*command, "info", "--json"], capture_output=True, text=True, timeout=120)
+        assert ran.returncode == 0, ran.stderr
+        assert json.loads(ran.stdout)["build"]["version"] == package.__version__
