@@ -127,14 +127,15 @@ __device__ __forceinline__ void dequantize_row(uint32_t (&pair)[4], const Codes&
   }
 }
 
-// Codes -> the same registers from a table of (main part, remainder) halves, for one row.
+// Codes -> half of the same registers from a table of (main part, remainder) halves, for one row: pairs (0, 2) and (1, 3),
+// or in the second half (4, 6) and (5, 7).
 template <int kBits>
-__device__ __forceinline__ void look_up_row(uint32_t (&main)[4], uint32_t (&rest)[4], const Codes& c, const uint32_t* table) {
+__device__ __forceinline__ void look_up_half(uint32_t (&main)[2], uint32_t (&rest)[2], const Codes& c, int half, const uint32_t* table) {
   constexpr uint32_t mask = (1u << kBits) - 1u;
+  const uint32_t word = half == 0 ? c.low : c.high >> kHighShift<kBits>;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t word = i < 2 ? c.low : c.high >> kHighShift<kBits>;
-    const uint32_t a = table[word >> (8 * (i % 2)) & mask], b = table[word >> (8 * (i % 2) + 16) & mask];
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t a = table[word >> (8 * i) & mask], b = table[word >> (8 * i + 16) & mask];
     main[i] = __byte_perm(a, b, 0x5410u);
     rest[i] = __byte_perm(a, b, 0x7632u);
   }

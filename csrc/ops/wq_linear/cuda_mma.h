@@ -268,25 +268,24 @@ __global__ void __launch_bounds__(S::max_warps * 32) mma_kernel(const MmaArgs p)
         read_codes<kBits>(row, t, g, [&](int unit) {
           return tile + step * kStepBytes<kBits> + stage_offset<kBits>(unit * t16::kUnitBytes + 8 * g) - 8 * g;
         });
-        uint32_t upper[4] = {}, lower[4] = {};  // of the rows 2g and 2g + 1
-        const auto multiply = [&] {
-          const uint32_t a[2][4] = {{upper[0], lower[0], upper[1], lower[1]}, {upper[2], lower[2], upper[3], lower[3]}};
+        // One of the two mma of a step: registers of the rows 2g and 2g + 1, k pairs 2 half and 2 half + 1.
+        const auto multiply = [&](int half, const uint32_t* upper, const uint32_t* lower) {
+          const uint32_t a[4] = {upper[0], lower[0], upper[1], lower[1]};
 #pragma unroll
-          for (int c = 0; c < S::columns; ++c) {
-            mma(group[r][c], a[0], b[c][0], b[c][1], T{});
-            mma(group[r][c], a[1], b[c][2], b[c][3], T{});
-          }
+          for (int c = 0; c < S::columns; ++c) mma(group[r][c], a, b[c][2 * half], b[c][2 * half + 1], T{});
         };
         if constexpr (kKind == Kind::codebook) {
           const int stride = p.w.codebook_per_row ? 1 << kBits : 0, at = (r * t16::kTileRows + 2 * g) * stride;
-          uint32_t upper_rest[4], lower_rest[4];
-          look_up_row<kBits>(upper, upper_rest, row[0], table + at);
-          look_up_row<kBits>(lower, lower_rest, row[1], table + at + stride);
-          multiply();
 #pragma unroll
-          for (int i = 0; i < 4; ++i) upper[i] = upper_rest[i], lower[i] = lower_rest[i];
+          for (int half = 0; half < 2; ++half) {  // one after the other: sixteen registers at once would not fit
+            uint32_t upper[2], lower[2], upper_rest[2], lower_rest[2];
+            look_up_half<kBits>(upper, upper_rest, row[0], half, table + at);
+            look_up_half<kBits>(lower, lower_rest, row[1], half, table + at + stride);
+            multiply(half, upper, lower);
+            multiply(half, upper_rest, lower_rest);
+          }
         } else {
-          uint32_t zero[2] = {1u << (kBits - 1), 1u << (kBits - 1)};
+          uint32_t zero[2] = {1u << (kBits - 1), 1u << (kBits - 1)}, upper[4], lower[4];
           if constexpr (kKind == Kind::zeros) {
             const unsigned char* const z = meta + r * kMetaBytes + kStageSteps * kMetaScales + meta_slot * kMetaZeros + 2 * g;
             zero[0] = z[0];
@@ -294,8 +293,9 @@ __global__ void __launch_bounds__(S::max_warps * 32) mma_kernel(const MmaArgs p)
           }
           dequantize_row<T, kBits>(upper, row[0], zero[0]);
           dequantize_row<T, kBits>(lower, row[1], zero[1]);
+          multiply(0, upper, lower);
+          multiply(1, upper + 2, lower + 2);
         }
-        multiply();
       }
       if ((k_end & group_mask) == 0 || k_end >= stop) {
 #pragma unroll
@@ -396,7 +396,7 @@ template <class T, int kBits, Kind kKind>
 cudaError_t launch_kind(const MmaArgs& p, const Device& device, cudaStream_t stream) {
   if (p.m <= 8) return launch_shape<T, kBits, kKind, Shape8>(p, device, stream);
   if (p.m <= 16) return launch_shape<T, kBits, kKind, Shape16>(p, device, stream);
-  if constexpr (kKind != Kind::codebook)  // whose lookups would not fit the registers
+  if constexpr (kKind != Kind::codebook)  // whose lookups take all the registers of this shape
     if (p.m <= 32) return launch_shape<T, kBits, kKind, Shape32>(p, device, stream);
   return launch_shape<T, kBits, kKind, Shape64>(p, device, stream);
 }
