@@ -39,7 +39,9 @@ def small_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     model: nn.Module = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
         "qwen2": lambda: Qwen2ForCausalLM(
-            Qwen2Config(**_LLAMA, tie_word_embeddings=False, use_sliding_window=True, sliding_window=4, max_window_layers=1)
+            Qwen2Config(
+                **_LLAMA, tie_word_embeddings=False, use_sliding_window=True, sliding_window=4, max_window_layers=1
+            )
         ),
         "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, sliding_window=4)),
         "opt": lambda: OPTForCausalLM(
@@ -108,7 +110,9 @@ class NearestHandler(Handler):
         mask = mask.reshape(n, k)
         groups = num_groups(k, entry.group_size)
         width = entry.group_size or k
-        inner = torch.nn.functional.pad(weight.masked_fill(mask, 0.0), (0, groups * width - k)).reshape(n, groups, width)
+        inner = torch.nn.functional.pad(weight.masked_fill(mask, 0.0), (0, groups * width - k)).reshape(
+            n, groups, width
+        )
         half = 1 << (entry.bits - 1)
         scales = (inner.abs().amax(-1) / max(1, half - 1)).clamp_min(2.0**-14).half()
         codes = (inner / scales.float().unsqueeze(-1)).round().clamp(-half, half - 1) + half

@@ -13,7 +13,6 @@ from effk.compress.calibrate import STATISTICS, LayerStats, stream_blocks
 from effk.compress.layers import find_layers, input_group
 from small_models import MODELS, small_model, token_batches
 
-
 PLAIN = frozenset(STATISTICS) - {"drift"}
 
 
@@ -33,7 +32,9 @@ def test_statistics_are_those_of_the_whole_model(name: str) -> None:
     layers, _ = find_layers(model)
     seen: dict[str, list[torch.Tensor]] = {layer.name: [] for layer in layers}
     hooks = [
-        layer.module.register_forward_pre_hook(lambda _, args, name=layer.name: seen[name].append(args[0].flatten(0, -2)))
+        layer.module.register_forward_pre_hook(
+            lambda _, args, name=layer.name: seen[name].append(args[0].flatten(0, -2))
+        )
         for layer in layers
     ]
     with torch.no_grad():

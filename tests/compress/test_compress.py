@@ -49,8 +49,8 @@ def test_logits_equal_the_dequantised_model(name: str, embedding_bits: int | Non
     """The kernel-run model in fp32 is as close to the float64 truth as the dequantised model in fp32 is.
 
     Both round every product sum in fp32; each sum of length K errs by at most K 2^-24 sum |x w|, the kernel's like
-    PyTorch's. The two therefore share one bound, which the fp32 twin's own error measures: both are maxima over the same
-    logits of errors from the same recursion, and 8 covers the spread between two draws of it.
+    PyTorch's. The two therefore share one bound, which the fp32 twin's own error measures: both are maxima over the
+    same logits of errors from the same recursion, and 8 covers the spread between two draws of it.
     """
     model = small_model(name)
     effk.compress(model, Nearest(bits=4, outliers=0.01, embedding_bits=embedding_bits))
@@ -162,7 +162,9 @@ def test_package_is_the_function() -> None:
     assert effk.compress.registry is registry
 
 
-def refused(message: str, model: nn.Module, recipe: Recipe, error: type[Exception] = ValueError, **arguments: object) -> None:
+def refused(
+    message: str, model: nn.Module, recipe: Recipe, error: type[Exception] = ValueError, **arguments: object
+) -> None:
     """Compression raises ``message`` and the model is bit for bit what it was."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(error, match=message):
@@ -174,7 +176,9 @@ def refused(message: str, model: nn.Module, recipe: Recipe, error: type[Exceptio
 
 def test_refusals_come_before_any_work() -> None:
     llama = small_model("llama")
-    refused(r"per_layer: expected patterns that match .* got \['\*.c_attn'\]", llama, Nearest(per_layer={"*.c_attn": {}}))
+    refused(
+        r"per_layer: expected patterns that match .* got \['\*.c_attn'\]", llama, Nearest(per_layer={"*.c_attn": {}})
+    )
     refused("calib: expected at least one batch", llama, Nearest(hessian=True))
     refused("expected at least one linear layer", llama, Nearest(ignore=("*",)))
     refused(r"expected ids in \[0, 97\)", llama, Nearest(), calib=[torch.full((1, 4), 200)])

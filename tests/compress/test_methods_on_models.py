@@ -80,7 +80,7 @@ def test_adapters_train_on_top() -> None:
 
 
 def test_replaced_weights_are_freed_as_the_work_goes_on() -> None:
-    """Peak memory is the model plus one block: when the last layer is at work, the weights of earlier blocks are gone."""
+    """Peak memory is the model plus one block: when the last layer is done, the weights of earlier blocks are gone."""
     model = small_model("llama")
     weights = {name: weakref.ref(parameter) for name, parameter in model.named_parameters() if "layers.0" in name}
     alive: list[list[str]] = []

@@ -58,7 +58,9 @@ def test_planned_bytes_are_the_bytes(plan: Plan) -> None:
         assert entry.bytes_before == report.layers[name].bytes_before == 4 * report.layers[name].weights
     layers, _ = find_layers(small_model("llama"))
     assert report.plan.nominal_bits(layers) == report.nominal_bits == 4
-    assert report.true_bits == pytest.approx(8 * report.plan.bytes_after / sum(r.weights for r in report.layers.values()))
+    assert report.true_bits == pytest.approx(
+        8 * report.plan.bytes_after / sum(r.weights for r in report.layers.values())
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,12 +108,24 @@ def test_plans_for_other_models_are_refused(plan: Plan) -> None:
         ("{", "expected JSON, got an error at line 1"),
         ("[]", "expected an object with"),
         ("{}", "expected an object with"),
-        ('{"effk_plan": 9, "recipe": {}, "layers": {}, "skipped": {}, "notes": {}}', "effk_plan: expected version 1, got 9"),
-        ('{"effk_plan": 1, "recipe": {}, "layers": [], "skipped": {}, "notes": {}}', "layers: expected an object, got list"),
-        ('{"effk_plan": 1, "recipe": {}, "layers": {"a": {"bits": 4}}, "skipped": {}, "notes": {}}', "a: expected bits, group"),
-        ('{"effk_plan": 1, "recipe": {}, "layers": {"a": 4}, "skipped": {}, "notes": {}}', "a: expected bits, group_size"),
         (
-            '{"effk_plan": 1, "recipe": {}, "layers": {"a": {"bits": 6, "group_size": 32}}, "skipped": {}, "notes": {}}',
+            '{"effk_plan": 9, "recipe": {}, "layers": {}, "skipped": {}, "notes": {}}',
+            "effk_plan: expected version 1, got 9",
+        ),
+        (
+            '{"effk_plan": 1, "recipe": {}, "layers": [], "skipped": {}, "notes": {}}',
+            "layers: expected an object, got list",
+        ),
+        (
+            '{"effk_plan": 1, "recipe": {}, "layers": {"a": {"bits": 4}}, "skipped": {}, "notes": {}}',
+            "a: expected bits, group",
+        ),
+        (
+            '{"effk_plan": 1, "recipe": {}, "layers": {"a": 4}, "skipped": {}, "notes": {}}',
+            "a: expected bits, group_size",
+        ),
+        (
+            '{"effk_plan": 1, "recipe": {}, "skipped": {}, "notes": {}, "layers": {"a": {"bits": 6, "group_size": 0}}}',
             "a: bits: expected one of",
         ),
     ],

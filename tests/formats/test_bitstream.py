@@ -47,7 +47,11 @@ def test_sampled_three_byte_words() -> None:
 
 
 @given(
-    bits=st.sampled_from(BITS), n=st.integers(0, 5), k=st.integers(1, 100), seed=st.integers(0, 2**16), top=st.booleans()
+    bits=st.sampled_from(BITS),
+    n=st.integers(0, 5),
+    k=st.integers(1, 100),
+    seed=st.integers(0, 2**16),
+    top=st.booleans(),
 )
 @settings(max_examples=200, deadline=None)
 def test_round_trip(bits: int, n: int, k: int, seed: int, top: bool) -> None:

@@ -7,7 +7,18 @@ import dataclasses
 import pytest
 import torch
 
-from effk.formats.wq import CODEBOOKS, FP4, GROUP_SIZES, NF2, NF3, NF4, WqWeight, csr_from_mask, state_shapes, weight_bytes
+from effk.formats.wq import (
+    CODEBOOKS,
+    FP4,
+    GROUP_SIZES,
+    NF2,
+    NF3,
+    NF4,
+    WqWeight,
+    csr_from_mask,
+    state_shapes,
+    weight_bytes,
+)
 from wq_cases import random_weight as random_kind
 
 VARIANTS = ("symmetric", "asymmetric", "table", "row_tables", "outliers")
@@ -153,37 +164,57 @@ BROKEN = {
     "k": (broken("symmetric", k=0), "n, k: expected"),
     "qweight dtype": (broken("symmetric", qweight=GOOD["symmetric"].qweight.int()), "qweight: expected torch.uint8"),
     "qweight padding": (
-        broken("symmetric", qweight=replaced(GOOD["symmetric"].qweight, (3, -1), 255)), "qweight: expected 5 zero padding bits"
+        broken("symmetric", qweight=replaced(GOOD["symmetric"].qweight, (3, -1), 255)),
+        "qweight: expected 5 zero padding bits",
     ),
     "scales shape": (broken("symmetric", scales=GOOD["symmetric"].scales[:, :1]), r"scales: .*\[17, 2\]"),
-    "scales dtype": (broken("symmetric", scales=GOOD["symmetric"].scales.bfloat16()), "scales: expected torch.float16 or torch.float32"),
-    "scales nan": (broken("symmetric", scales=replaced(GOOD["symmetric"].scales, (0, 0), float("nan"))), "scales: expected finite"),
-    "zeros range": (broken("asymmetric", zeros=replaced(GOOD["asymmetric"].zeros, (2, 1), 8)), "zeros: expected codes below 8, got 8"),
-    "zeros beside codebook": (broken("table", zeros=GOOD["asymmetric"].zeros), "zeros: expected none beside a codebook"),
+    "scales dtype": (
+        broken("symmetric", scales=GOOD["symmetric"].scales.bfloat16()),
+        "scales: expected torch.float16 or torch.float32",
+    ),
+    "scales nan": (
+        broken("symmetric", scales=replaced(GOOD["symmetric"].scales, (0, 0), float("nan"))),
+        "scales: expected finite",
+    ),
+    "zeros range": (
+        broken("asymmetric", zeros=replaced(GOOD["asymmetric"].zeros, (2, 1), 8)),
+        "zeros: expected codes below 8, got 8",
+    ),
+    "zeros beside codebook": (
+        broken("table", zeros=GOOD["asymmetric"].zeros),
+        "zeros: expected none beside a codebook",
+    ),
     "codebook bits": (
-        dataclasses.replace(random_weight(4, 32, 8, 32, "symmetric"), codebook=torch.zeros(256)), "none with 8 bits"
+        dataclasses.replace(random_weight(4, 32, 8, 32, "symmetric"), codebook=torch.zeros(256)),
+        "none with 8 bits",
     ),
     "codebook size": (broken("table", codebook=torch.zeros(7)), r"codebook: expected torch.float32 \[8\]"),
     "codebook rows": (broken("row_tables", codebook=torch.zeros(16, 8)), r"codebook: expected torch.float32 \[17, 8\]"),
     "codebook inf": (broken("table", codebook=torch.full((8,), float("inf"))), "codebook: expected finite"),
     "half a sparse part": (broken("outliers", out_col=None), "expected all or none"),
     "pointers fall": (
-        broken("outliers", out_ptr=replaced(GOOD["outliers"].out_ptr, (1,), 10_000)), "out_ptr: expected row pointers"
+        broken("outliers", out_ptr=replaced(GOOD["outliers"].out_ptr, (1,), 10_000)),
+        "out_ptr: expected row pointers",
     ),
     "pointers start": (broken("outliers", out_ptr=GOOD["outliers"].out_ptr + 1), "out_ptr: expected row pointers"),
-    "pointer count": (broken("outliers", out_ptr=GOOD["outliers"].out_ptr[:-1]), r"out_ptr: expected torch.int32|int32 \[18\]"),
+    "pointer count": (
+        broken("outliers", out_ptr=GOOD["outliers"].out_ptr[:-1]),
+        r"out_ptr: expected torch.int32|int32 \[18\]",
+    ),
     "columns short": (broken("outliers", out_col=GOOD["outliers"].out_col[:-1]), "out_col: expected torch.uint16"),
     "column range": (
         broken("outliers", out_col=replaced(GOOD["outliers"].out_col.int(), (-1,), 33).to(torch.uint16)),
         r"out_col: expected columns in \[0, 33\)",
     ),
     "column order": (
-        broken("outliers", out_col=GOOD["outliers"].out_col.int().flip(0).to(torch.uint16)), "out_col: expected strictly"
+        broken("outliers", out_col=GOOD["outliers"].out_col.int().flip(0).to(torch.uint16)),
+        "out_col: expected strictly",
     ),
     "outlier inf": (
-        broken("outliers", out_val=replaced(GOOD["outliers"].out_val, (0,), float("inf"))), "out_val: expected finite"
+        broken("outliers", out_val=replaced(GOOD["outliers"].out_val, (0,), float("inf"))),
+        "out_val: expected finite",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)

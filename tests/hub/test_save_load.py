@@ -81,7 +81,9 @@ def test_dtype_can_be_chosen_and_stored_numbers_stay(tmp_path: Path) -> None:
     assert logits(half).dtype == torch.bfloat16
     for a, b in zip(model.modules(), half.modules(), strict=True):
         if isinstance(a, WqLinear):
-            assert torch.equal(a.packed, b.packed) and torch.equal(a.scales, b.scales) and a.scales.dtype == b.scales.dtype
+            assert (
+                torch.equal(a.packed, b.packed) and torch.equal(a.scales, b.scales) and a.scales.dtype == b.scales.dtype
+            )
     effk.save(half, tmp_path)
     assert effk.load(tmp_path).dtype == torch.bfloat16
     assert torch.equal(logits(effk.load(tmp_path)), logits(half))
@@ -98,7 +100,14 @@ def test_files_hold_only_the_canonical_form(tmp_path: Path) -> None:
     assert record["weights"]["sha256"].startswith(weights.stem.removeprefix("effk-"))
     assert record["layers"]["model.layers.0.mlp.up_proj"]["compute"] == "float"
     held = load_file(weights)
-    assert {name.rpartition(".")[2] for name in held} == {"qweight", "scales", "out_ptr", "out_col", "out_val", "weight"}
+    assert {name.rpartition(".")[2] for name in held} == {
+        "qweight",
+        "scales",
+        "out_ptr",
+        "out_col",
+        "out_val",
+        "weight",
+    }
     layer = model.model.layers[0].mlp.up_proj.to_weight()
     assert all(torch.equal(held[f"model.layers.0.mlp.up_proj.{k}"], v) for k, v in layer.to_state().items())
     data = sum(t.numel() * t.element_size() for t in held.values())
@@ -113,7 +122,9 @@ def test_saving_over_another_model_removes_its_weights_only(tmp_path: Path) -> N
     first = {path.name for path in tmp_path.iterdir()}
     effk.save(compressed(bits=2), tmp_path)
     second = {path.name for path in tmp_path.iterdir()}
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1 and first - second == {n for n in first if n.startswith("effk-")}
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1 and first - second == {
+        n for n in first if n.startswith("effk-")
+    }
     assert (tmp_path / "notes.txt").read_text() == "mine" and not list(tmp_path.glob("*.effk-tmp"))
 
 
@@ -151,7 +162,9 @@ def put(name: str, index: int, value: int) -> Callable[[dict[str, torch.Tensor]]
     def change(tensors: dict[str, torch.Tensor]) -> None:
         wide = tensors[name].to(torch.float64)
         wide.view(-1)[index] = value
-        tensors[name] = wide.to(torch.int64).to(tensors[name].dtype) if value == int(value) else wide.to(tensors[name].dtype)
+        tensors[name] = (
+            wide.to(torch.int64).to(tensors[name].dtype) if value == int(value) else wide.to(tensors[name].dtype)
+        )
 
     return change
 
@@ -174,27 +187,33 @@ RECORD_EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "bias": (lambda r: r["layers"][LAYER].update(bias=True), f"{LAYER}.bias"),
     "field gone": (lambda r: r["layers"][LAYER].pop("bits"), f"{LAYER}: geometry: expected fields"),
     "layer gone": (lambda r: r["layers"].pop(LAYER), f"{LAYER}.weight"),
-    "layer unknown": (lambda r: r["layers"].update({"model.layers.9.x": r["layers"][LAYER]}), "model.layers.9.x: expected a mod"),
+    "layer unknown": (
+        lambda r: r["layers"].update({"model.layers.9.x": r["layers"][LAYER]}),
+        "model.layers.9.x: expected a mod",
+    ),
     "embedding": (lambda r: r.update(embedding=None), "model.embed_tokens"),
     "head": (lambda r: r["embedding"].update(head="model.norm"), "model.norm: expected the model's shape"),
     "file": (lambda r: r["weights"].update(file="../secret.safetensors"), "expected a plain file name|no such file"),
     "digest": (lambda r: r["weights"].update(sha256="0" * 64), "the file is damaged"),
     "weights": (lambda r: r.update(weights={"file": 3}), "weights: expected null or an object"),
     "fuse": (lambda r: r.update(fuse="yes"), "fuse: expected a boolean"),
-}  # fmt: skip
+}
 
 TENSOR_EDITS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]] = {
     "missing": (lambda t: t.pop(f"{LAYER}.scales"), rf"\['{LAYER}.scales'\] missing"),
     "surplus": (lambda t: t.update(extra=torch.zeros(1)), r"\['extra'\] unknown"),
     "shape": (lambda t: t.update({f"{LAYER}.scales": torch.ones(3, 3).half()}), f"{LAYER}.scales: expected"),
-    "dtype": (lambda t: t.update({f"{LAYER}.qweight": t[f"{LAYER}.qweight"].to(torch.int8)}), f"{LAYER}.qweight: expected"),
+    "dtype": (
+        lambda t: t.update({f"{LAYER}.qweight": t[f"{LAYER}.qweight"].to(torch.int8)}),
+        f"{LAYER}.qweight: expected",
+    ),
     "nan": (lambda t: t[f"{LAYER}.scales"].fill_(float("nan")), f"{LAYER}: scales: expected finite"),
     "pointers": (put(f"{LAYER}.out_ptr", 1, 1_000_000), f"{LAYER}: out_ptr: expected"),
     "negative pointer": (put(f"{LAYER}.out_ptr", 1, -5), f"{LAYER}: out_ptr: expected"),
     "column": (put(f"{LAYER}.out_col", -1, 60_000), f"{LAYER}: out_col: expected columns in"),
     "outlier": (lambda t: t[f"{LAYER}.out_val"].fill_(float("inf")), f"{LAYER}: out_val: expected finite"),
     "embedding": (lambda t: t["model.embed_tokens.scales"].fill_(float("inf")), "model.embed_tokens: scales: expected"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -38,8 +38,8 @@ def test_module_is_the_op(compute: str) -> None:
     module = WqLinear.from_weight(weight, torch.randn(37), compute)
     x = random_input(6, 100).reshape(2, 3, 100)
     expected = torch.ops.effk.wq_linear(
-        x, module.packed, module.scales, module.zeros, None, module.out_ptr, module.out_col, module.out_val, module.bias,
-        37, 100, 4, 32, compute,
+        x, module.packed, module.scales, module.zeros, None, module.out_ptr, module.out_col, module.out_val,
+        module.bias, 37, 100, 4, 32, compute,
     )  # fmt: skip
     assert torch.equal(module(x), expected) and expected.shape == (2, 3, 37)
 
@@ -61,7 +61,9 @@ def test_conversions_leave_stored_numbers_alone(dtype: torch.dtype, scale_dtype:
 def test_copies_compute_the_same() -> None:
     module = WqLinear.from_weight(random_weight(37, 100, 3, 64, "asymmetric", outliers=0.01), torch.randn(37), "int8")
     x = random_input(3, 100)
-    fresh = WqLinear.from_weight(random_weight(37, 100, 3, 64, "asymmetric", outliers=0.01, seed=5), torch.zeros(37), "int8")
+    fresh = WqLinear.from_weight(
+        random_weight(37, 100, 3, 64, "asymmetric", outliers=0.01, seed=5), torch.zeros(37), "int8"
+    )
     if fresh.out_val.shape != module.out_val.shape:
         fresh.out_col, fresh.out_val = torch.zeros_like(module.out_col), torch.zeros_like(module.out_val)
     fresh.load_state_dict(module.state_dict())

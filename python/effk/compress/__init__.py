@@ -4,9 +4,10 @@ The package is the function: ``effk.compress(...)`` and ``from effk.compress imp
 ``effk.compress.plan`` and the other modules stay reachable. (A package cannot be callable by itself, so its module
 object's class is one that is.)
 
-Steps of a call, each in its own module: find the layers (``layers``), let the method prepare the model and make a plan
-(``registry``, ``passes``, ``plan``), apply it block by block on calibration data (``apply``, ``calibrate``), compress the
-embedding (``embedding``), let layers over one input share their kernel call (``fuse``), and report (``report``).
+Steps of a call, each in its own module: find the layers (``layers``), let the method prepare the model and make a
+plan (``registry``, ``passes``, ``plan``), apply it block by block on calibration data (``apply``, ``calibrate``),
+compress the embedding (``embedding``), let layers over one input share their kernel call (``fuse``), and report
+(``report``).
 """
 
 from __future__ import annotations

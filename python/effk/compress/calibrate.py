@@ -2,8 +2,8 @@
 
 Peak memory is the model, the hidden states of all batches at one depth, and the statistics of one block. Blocks are
 compressed in order, and each sees the activations that the already compressed blocks before it produce, so that a
-method can make up for their error (as GPTQ, Frantar et al. 2022, section 4). A second, uncompressed stream can run along
-and tells how far the inputs have drifted.
+method can make up for their error (as GPTQ, Frantar et al. 2022, section 4). A second, uncompressed stream can run
+along and tells how far the inputs have drifted.
 
 One forward pass with every block replaced by a recorder gathers the first block's inputs and each block's own keyword
 arguments (masks differ between blocks of sliding-window models); the blocks then run one at a time.
@@ -216,7 +216,9 @@ def check_calib(model: nn.Module, calib: Sequence[Tensor]) -> None:
             got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
             raise ValueError(f"calibrate: calib[{index}]: expected non-empty int64 [batch, length], got {got}")
         if int(batch.min()) < 0 or (limit is not None and int(batch.max()) >= limit):
-            raise ValueError(f"calibrate: calib[{index}]: expected ids in [0, {limit}), got {int(batch.min())}..{int(batch.max())}")
+            raise ValueError(
+                f"calibrate: calib[{index}]: expected ids in [0, {limit}), got {int(batch.min())}..{int(batch.max())}"
+            )
 
 
 class _AllSeen(Exception):

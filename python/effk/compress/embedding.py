@@ -58,7 +58,9 @@ def quantize_rows(weight: Tensor) -> WqWeight:
     return WqWeight.from_codes(codes, grid.scales, bits=8, group_size=GROUP_SIZE)
 
 
-def install_embedding(model: nn.Module, pair: EmbeddingPair, weight: WqWeight, compute: str, dtype: torch.dtype) -> None:
+def install_embedding(
+    model: nn.Module, pair: EmbeddingPair, weight: WqWeight, compute: str, dtype: torch.dtype
+) -> None:
     """Replace the pair's modules by :class:`WqEmbedding` (rows in ``dtype``) and :class:`WqTiedHead`."""
     module = WqEmbedding.from_weight(weight, compute=compute).to(dtype)
     replace(model, pair.embedding, module)

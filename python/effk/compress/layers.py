@@ -64,7 +64,7 @@ class Layer:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether ``module`` is transformers' ``Conv1D`` (recognised by shape of the class, so that it need not be imported)."""
+    """Whether ``module`` is transformers' ``Conv1D``, told by its name and fields so that nothing need be imported."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
 
 

@@ -1,8 +1,8 @@
 """Plans: what will become of every layer, as JSON that a person can read, compare, edit and apply.
 
-``effk.compress(model, recipe, calib)`` makes a plan and applies it; given ``plan=`` it applies that one instead. An edit
-changes ``bits``, ``group_size``, ``outliers`` or ``options`` of a layer, or moves a layer to ``skipped``; sizes are
-computed again when the plan is applied.
+``effk.compress(model, recipe, calib)`` makes a plan and applies it; given ``plan=`` it applies that one instead. An
+edit changes ``bits``, ``group_size``, ``outliers`` or ``options`` of a layer, or moves a layer to ``skipped``; sizes
+are computed again when the plan is applied.
 """
 
 from __future__ import annotations
@@ -80,7 +80,9 @@ class LayerPlan:
         expect("format", self.format in formats, f"one of {formats}")
         if self.format in CODEBOOKS:
             expect("bits", CODEBOOKS[self.format].numel() == 1 << self.bits, f"the bits of {self.format}")
-        expect("outliers", isinstance(self.outliers, (int, float)) and 0 <= self.outliers <= 0.1, "a fraction in [0, 0.1]")
+        expect(
+            "outliers", isinstance(self.outliers, (int, float)) and 0 <= self.outliers <= 0.1, "a fraction in [0, 0.1]"
+        )
         expect("compute", self.compute in ("float", "int8"), "'float' or 'int8'")
         if self.format == "rows":
             expect("compute", self.compute == "float", "'float', since a table per row has no int8 form")

@@ -1,7 +1,7 @@
 """Recipes: what to do to a model, as data.
 
-A recipe is a frozen, versioned dataclass; each method subclasses :class:`Recipe` in ``passes/<method>.py`` and registers
-a handler for it. Recipes go to JSON and back, are stored in every compressed model, and never hold tensors.
+A recipe is a frozen, versioned dataclass; each method subclasses :class:`Recipe` in ``passes/<method>.py`` and
+registers a handler for it. Recipes go to JSON and back, are stored in every compressed model, and never hold tensors.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Recipe:
         for pattern, overrides in self.per_layer.items():
             if unknown := sorted(set(overrides) - allowed):
                 raise ValueError(
-                    f"recipe {self.name}: per_layer[{pattern!r}]: expected fields among {sorted(allowed)}, got {unknown}"
+                    f"recipe {self.name}: per_layer[{pattern!r}]: "
+                    f"expected fields among {sorted(allowed)}, got {unknown}"
                 )
             dataclasses.replace(self, per_layer={}, **overrides)  # the overridden recipe must be legal as well
 

@@ -53,7 +53,7 @@ class Context:
 
 
 class Handler(ABC):
-    """One method. Its steps run in this order: ``prepare``, ``plan`` (unless the user gave one), ``quantize`` per layer."""
+    """One method: ``prepare``, ``plan`` unless the user gave one, then ``quantize`` for every layer."""
 
     def needs_calibration(self, recipe: Recipe) -> bool:
         """Whether ``calib`` must be given."""
@@ -66,7 +66,7 @@ class Handler(ABC):
         """
         return frozenset()
 
-    def prepare(self, context: Context, plan: Plan | None) -> None:
+    def prepare(self, context: Context, plan: Plan | None) -> None:  # noqa: B027  (optional: most methods need none)
         """Change the model without changing its function (such as moving scales into a norm) before planning.
 
         ``plan`` is the user's plan, whose notes say what to repeat, or None.
@@ -77,8 +77,10 @@ class Handler(ABC):
         """Decide every layer's fate without touching the model."""
 
     @abstractmethod
-    def quantize(self, context: Context, layer: Layer, weight: Tensor, entry: LayerPlan, stats: LayerStats | None) -> WqWeight:
-        """Compress ``weight`` (fp32 ``[N, K]``) as ``entry`` says; ``stats`` only when ``statistics`` asked for some."""
+    def quantize(
+        self, context: Context, layer: Layer, weight: Tensor, entry: LayerPlan, stats: LayerStats | None
+    ) -> WqWeight:
+        """Compress ``weight`` (fp32 ``[N, K]``) as ``entry`` says; ``stats`` is there if ``statistics`` asked."""
 
 
 _HANDLERS: dict[type[Recipe], Handler] = {}

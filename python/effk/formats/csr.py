@@ -41,7 +41,9 @@ def csr_from_mask(values: Tensor, mask: Tensor) -> Csr:
     rows, cols = mask.nonzero(as_tuple=True)
     val = values[rows, cols].to(torch.float16)
     if not bool(val.isfinite().all()):
-        raise ValueError("csr_from_mask: values: expected outliers that are finite in fp16, got a larger or non-finite one")
+        raise ValueError(
+            "csr_from_mask: values: expected outliers that are finite in fp16, got a larger or non-finite one"
+        )
     ptr = torch.zeros(values.shape[0] + 1, dtype=torch.int32, device=values.device)
     ptr[1:] = mask.sum(dim=1).cumsum(0).to(torch.int32)
     return Csr(ptr, cols.to(torch.int32).to(column_dtype(values.shape[1])), val)

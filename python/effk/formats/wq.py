@@ -156,7 +156,9 @@ class WqWeight:
         """
         work = torch.float64 if dtype == torch.float64 else torch.float32
         width = self.group_size or self.k
-        codes = torch.nn.functional.pad(self.codes(), (0, self.groups * width - self.k)).reshape(self.n, self.groups, width)
+        codes = torch.nn.functional.pad(self.codes(), (0, self.groups * width - self.k)).reshape(
+            self.n, self.groups, width
+        )
         if self.codebook is None:
             zero = float(1 << (self.bits - 1)) if self.zeros is None else self.zeros.to(work).unsqueeze(-1)
             values = codes.to(work) - zero
@@ -260,7 +262,10 @@ class WqWeight:
             raise ValueError(
                 f"rows: expected 0 <= start <= stop <= {self.n} at multiples of {TILE_ROWS}, got [{start}, {stop})"
             )
-        cut = {name: None if (t := getattr(self, name)) is None else t[start:stop] for name in ("qweight", "scales", "zeros")}
+        cut = {
+            name: None if (t := getattr(self, name)) is None else t[start:stop]
+            for name in ("qweight", "scales", "zeros")
+        }
         if self.codebook is not None and self.codebook.dim() == 2:
             cut["codebook"] = self.codebook[start:stop]
         if self.out_ptr is not None:
@@ -291,11 +296,16 @@ def state_shapes(geometry: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], t
         raise ValueError(f"geometry: bits: expected one of {BITS}, got {bits!r}")
     scale_dtypes = {str(d).removeprefix("torch."): d for d in SCALE_DTYPES}
     if geometry["scale_dtype"] not in scale_dtypes:
-        raise ValueError(f"geometry: scale_dtype: expected one of {sorted(scale_dtypes)}, got {geometry['scale_dtype']!r}")
+        raise ValueError(
+            f"geometry: scale_dtype: expected one of {sorted(scale_dtypes)}, got {geometry['scale_dtype']!r}"
+        )
     if geometry["codebook"] not in (None, "shared", "row") or type(geometry["zeros"]) is not bool:
         raise ValueError(f"geometry: codebook, zeros: got {geometry['codebook']!r}, {geometry['zeros']!r}")
     grid = (n, num_groups(k, normalize_group_size(geometry["group_size"])))
-    shapes = {"qweight": ((n, row_bytes(k, bits)), torch.uint8), "scales": (grid, scale_dtypes[geometry["scale_dtype"]])}
+    shapes = {
+        "qweight": ((n, row_bytes(k, bits)), torch.uint8),
+        "scales": (grid, scale_dtypes[geometry["scale_dtype"]]),
+    }
     if geometry["zeros"]:
         shapes["zeros"] = (grid, torch.uint8)
     if geometry["codebook"]:

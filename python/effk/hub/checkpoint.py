@@ -1,10 +1,11 @@
 """Saving and loading compressed models.
 
-A saved model is a directory that transformers reads: ``config.json`` with a ``quantization_config`` (:mod:`.record`) and
-one safetensors file of canonical weights, whose name is its content's hash and stands in the config
-(``transformers_weights``). Saving writes the new weights beside the old, then replaces ``config.json`` in one step, then
-removes what it no longer names. So at every moment, also after ``kill -9`` or on a full disk, the directory holds one
-whole model: the old or the new. Loading reads tensors and JSON, never code, and checks hash, header, shapes and ranges.
+A saved model is a directory that transformers reads: ``config.json`` with a ``quantization_config`` (:mod:`.record`)
+and one safetensors file of canonical weights, whose name is its content's hash and stands in the config
+(``transformers_weights``). Saving writes the new weights beside the old, then replaces ``config.json`` in one step,
+then removes what it no longer names. So at every moment, also after ``kill -9`` or on a full disk, the directory holds
+one whole model: the old or the new. Loading reads tensors and JSON, never code, and checks hash, header, shapes and
+ranges.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def save(model: nn.Module, directory: str | Path, tokenizer: PreTrainedTokenizer
     return directory
 
 
-def load(directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load(
+    directory: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
     """Load a model that :func:`save` wrote, in evaluation mode and running on the kernels.
 
     Args:
@@ -92,7 +95,9 @@ def load(directory: str | Path, dtype: torch.dtype | None = None, device: str | 
     name = names[0] if isinstance(names, list) and names else None
     architecture = getattr(transformers, name, None) if isinstance(name, str) else None
     if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
-        raise ValueError(f"load: {directory / CONFIG}: architectures: expected a model class of transformers, got {names!r}")
+        raise ValueError(
+            f"load: {directory / CONFIG}: architectures: expected a model class of transformers, got {names!r}"
+        )
     model = architecture.from_pretrained(directory, dtype=dtype or "auto", local_files_only=True)
     return model.to(device).eval()
 

@@ -1,7 +1,7 @@
 """Register with transformers when, and only if, the program imports it.
 
-``import effk`` must make ``AutoModelForCausalLM.from_pretrained`` understand our models, whichever of the two packages is
-imported first, but transformers' quantisation modules take over a second to import and many programs need none.
+``import effk`` must make ``AutoModelForCausalLM.from_pretrained`` understand our models, whichever of the two packages
+is imported first, but transformers' quantisation modules take over a second to import and many programs need none.
 """
 
 from __future__ import annotations

@@ -47,7 +47,9 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, PreTra
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
-    if getattr(model, "hf_quantizer", None) is not None:  # the weights are plain numbers now; forget that the file's were not
+    if (
+        getattr(model, "hf_quantizer", None) is not None
+    ):  # the weights are plain numbers now; forget that the file's were not
         model.hf_quantizer.remove_quantization_config(model)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     return model.eval(), tokenizer

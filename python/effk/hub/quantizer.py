@@ -1,7 +1,8 @@
 """effk as a quantisation method of transformers, so that ``from_pretrained`` and ``save_pretrained`` know our models.
 
-Loading: before weights are read, every compressed module of the (empty) model is replaced by a :class:`StoredWeight`, and
-the files' names, shapes, types and hash are compared with the config; afterwards the weights are checked and packed.
+Loading: before weights are read, every compressed module of the (empty) model is replaced by a :class:`StoredWeight`,
+and the files' names, shapes, types and hash are compared with the config; afterwards the weights are checked and
+packed.
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from ..formats.wq import WqWeight
 
 _SAFETENSORS_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "U16": torch.uint16, "F16": torch.float16,
-    "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "F16": torch.float16, "BF16": torch.bfloat16, "I32": torch.int32, "F32": torch.float32, "I64": torch.int64,
+    "F64": torch.float64,
 }  # fmt: skip
 
 
@@ -71,10 +73,13 @@ class EffkQuantizer(HfQuantizer):
                 head = model.get_submodule(entry["head"])
                 head.weight = None  # the embedding's; only a bias is the head's own
                 if (head.bias is not None) != entry["head_bias"]:
-                    raise ValueError(f"load: {entry['head']}: expected head_bias {head.bias is not None}, got the opposite")
+                    raise ValueError(
+                        f"load: {entry['head']}: expected head_bias {head.bias is not None}, got the opposite"
+                    )
         untie(model)
         _check_files(model, record, checkpoint_files or (), optional=set(tied_to))
-        for module in model.modules():  # nothing is missing: only buffers that no file holds are still to be initialised
+        # Nothing is missing, so only buffers that no file holds are still to be initialised.
+        for module in model.modules():
             if not module._non_persistent_buffers_set:
                 module._is_hf_initialized = True
 
@@ -115,7 +120,7 @@ class EffkQuantizer(HfQuantizer):
 
 
 def adopt(model: PreTrainedModel) -> None:
-    """Make a model that was compressed in memory known as ours, so that its ``save_pretrained`` writes what loads again."""
+    """Make a model that was compressed in memory known as ours, so that its ``save_pretrained`` writes what loads."""
     empty = {"version": VERSION, "fuse": False, "recipe": None, "layers": {}, "embedding": None, "weights": None}
     model.hf_quantizer = EffkQuantizer(EffkConfig(**empty))  # the record is made when the model is saved
     model.quantization_method = QUANT_METHOD
@@ -130,7 +135,7 @@ def _check_target(model: nn.Module, name: str, fields: dict[str, Any], transpose
     if weight is None:
         saved = ", ".join(getattr(model.config, "architectures", None) or ())
         raise ValueError(
-            f"load: {name}: expected a module with a weight in {type(model).__name__}, got none; the file holds a {saved}"
+            f"load: {name}: expected a module with a weight in {type(model).__name__}, got none; saved as {saved}"
         )
     if tuple(weight.shape) != shape and not (transposed_ok and tuple(weight.shape) == shape[::-1]):
         raise ValueError(f"load: {name}: expected the model's shape {list(weight.shape)}, got {list(shape)}")
@@ -140,7 +145,9 @@ def _check_files(model: nn.Module, record: dict[str, Any], files: Sequence[str],
     """Compare the files with the record and with what the model expects, before anything is read from them."""
     if record["weights"] is not None:
         if len(files) != 1:
-            raise ValueError(f"load: expected the one file {record['weights']['file']}, got {[Path(f).name for f in files]}")
+            raise ValueError(
+                f"load: expected the one file {record['weights']['file']}, got {[Path(f).name for f in files]}"
+            )
         check_file(Path(files[0]), record["weights"])
     held: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
@@ -149,7 +156,9 @@ def _check_files(model: nn.Module, record: dict[str, Any], files: Sequence[str],
     missing = sorted(set(expected) - set(held) - optional)
     unknown = sorted(set(held) - set(expected))
     if missing or unknown:
-        raise ValueError(f"load: expected the tensors of the model, got {missing[:3]} missing and {unknown[:3]} unknown")
+        raise ValueError(
+            f"load: expected the tensors of the model, got {missing[:3]} missing and {unknown[:3]} unknown"
+        )
     exact = {
         f"{prefix}.{key}"
         for prefix, module in model.named_modules()

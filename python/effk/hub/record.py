@@ -110,7 +110,12 @@ def geometry_of(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_module(name: str, fields: Any, extra: set[str]) -> None:
-    _expect(name, type(fields).__name__, isinstance(fields, dict) and extra <= set(fields), f"an object with {sorted(extra)}")
+    _expect(
+        name,
+        type(fields).__name__,
+        isinstance(fields, dict) and extra <= set(fields),
+        f"an object with {sorted(extra)}",
+    )
     try:
         state_shapes(geometry_of(fields))
     except (ValueError, TypeError) as error:

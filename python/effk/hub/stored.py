@@ -15,8 +15,8 @@ from .record import geometry_of
 class StoredWeight(nn.Module):
     """The canonical tensors of one compressed module as buffers of their stored names, uninitialised.
 
-    A checkpoint loader fills them like any other tensors; :meth:`to_weight` then checks and returns the result. The module
-    does not compute.
+    A checkpoint loader fills them like any other tensors; :meth:`to_weight` then checks and returns the result. The
+    module does not compute.
     """
 
     def __init__(self, fields: Mapping[str, Any], bias: int | None) -> None:

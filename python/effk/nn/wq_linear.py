@@ -30,7 +30,15 @@ class WqLinear(FrozenDtypes):
     Gradients flow to ``x`` only.
     """
 
-    format_buffers: ClassVar[tuple[str, ...]] = ("packed", "scales", "zeros", "codebook", "out_ptr", "out_col", "out_val")
+    format_buffers: ClassVar[tuple[str, ...]] = (
+        "packed",
+        "scales",
+        "zeros",
+        "codebook",
+        "out_ptr",
+        "out_col",
+        "out_val",
+    )
 
     def __init__(self, n: int, k: int, bits: int, group_size: int, compute: str = "float") -> None:
         super().__init__()
@@ -51,12 +59,21 @@ class WqLinear(FrozenDtypes):
         """
         weight.validate()
         if bias is not None and (tuple(bias.shape) != (weight.n,) or not bias.is_floating_point()):
-            raise ValueError(f"WqLinear: bias: expected floating point [{weight.n}], got {bias.dtype} {list(bias.shape)}")
+            raise ValueError(
+                f"WqLinear: bias: expected floating point [{weight.n}], got {bias.dtype} {list(bias.shape)}"
+            )
         if compute == "int8" and weight.codebook is not None and weight.codebook.dim() == 2:
             raise ValueError("WqLinear: compute: expected 'float' for a codebook per row, got 'int8'")
         module = cls(weight.n, weight.k, weight.bits, weight.group_size, compute)
         packed, scales, zeros, codebook = torch.ops.effk.wq_pack(
-            weight.qweight, weight.scales, weight.zeros, weight.codebook, weight.n, weight.k, weight.bits, weight.group_size
+            weight.qweight,
+            weight.scales,
+            weight.zeros,
+            weight.codebook,
+            weight.n,
+            weight.k,
+            weight.bits,
+            weight.group_size,
         )
         module.packed, module.scales = packed, scales
         module.zeros = zeros if weight.zeros is not None else None
@@ -163,7 +180,7 @@ class WqMultiLinear(nn.Module):
         first = next(iter(layers))
         return torch.ops.effk.wq_multi_linear.default(
             x,
-            *map(list, zip(*weights)),
+            *map(list, zip(*weights, strict=True)),
             [layer._buffers["bias"] for layer in layers],
             self._rows,
             first.in_features,
