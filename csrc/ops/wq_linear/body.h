@@ -119,26 +119,44 @@ struct Bf16 : FloatForm {
 };
 #endif
 
-inline Codes codes_of(const WqWeight& w, Form form) {
+// Values of the integer codes, as fp32 and twice as bf16 (exact: bf16 is the upper half of these floats).
+template <int Bits> struct IntegerTable {
+  float fp32[16];
+  uint16_t bf16[32];
+  constexpr IntegerTable() : fp32{}, bf16{} {
+    for (int i = 0; i < 32; ++i) {
+      const int v = i % (1 << (Bits < 4 ? Bits : 4)) - (1 << (Bits - 1));
+      if (i < 16) fp32[i] = float(v);
+      unsigned m = unsigned(v < 0 ? -v : v), e = 0;
+      while (m >> (e + 1)) ++e;
+      bf16[i] = v == 0 ? 0 : uint16_t((v < 0 ? 0x8000u : 0u) | (127 + e) << 7 | ((m << (7 - e)) & 0x7fu));
+    }
+  }
+};
+template <int Bits> alignas(64) constexpr IntegerTable<Bits> kIntegers{};
+
+template <class D, int Bits> EFFK_INLINE Codes codes_of(const WqWeight& w) {
   Codes c{};
-  const int half = 1 << (w.bits - 1), n = w.bits < 8 ? 1 << w.bits : 16;
-  const bool book = w.codebook && !w.codebook_per_row;
-  float t[16];
-  for (int i = 0; i < 16; ++i) t[i] = book ? w.codebook[i % n] : float(i % n - half);
-  c.table = load_float_table(t);
-  c.zero = half;
+  c.zero = 1 << (Bits - 1);
   c.rescale = 1.0f;
-  uint8_t bytes[64] = {};
-  if (form == Form::int8 && book) {
-    float top = 0;
-    for (int i = 0; i < n; ++i) top = std::fabs(t[i]) > top ? std::fabs(t[i]) : top;
-    c.rescale = top / 127.0f;
-    for (int i = 0; i < 16; ++i) bytes[i] = uint8_t(128 + (top > 0 ? int(std::nearbyintf(t[i] * (127.0f / top))) : 0));
-    c.zero = 128;
-    c.table16 = load_table(bytes);
-  } else if (form == Form::bf16) {
-    for (int i = 0; i < 32; ++i) { const uint16_t h = float_to_bf16(t[i % 16]); std::memcpy(bytes + 2 * i, &h, 2); }
-    c.table16 = load_unit(bytes);
+  if constexpr (Bits < 8) {
+    const bool book = w.codebook && !w.codebook_per_row;
+    constexpr int n = 1 << Bits;
+    if constexpr (D::kForm == Form::fp32) {
+      float t[16];
+      if (book) for (int i = 0; i < 16; ++i) t[i] = w.codebook[i % n];
+      c.table = load_float_table(book ? t : kIntegers<Bits>.fp32);
+    } else if constexpr (D::kForm == Form::bf16) {
+      c.table16 = load_unit(kIntegers<Bits>.bf16);
+    } else if (book) {
+      float top = 0;
+      for (int i = 0; i < n; ++i) top = std::fabs(w.codebook[i]) > top ? std::fabs(w.codebook[i]) : top;
+      uint8_t bytes[16];
+      for (int i = 0; i < 16; ++i) bytes[i] = uint8_t(128 + (top > 0 ? int(std::nearbyintf(w.codebook[i % n] * (127.0f / top))) : 0));
+      c.rescale = top / 127.0f;
+      c.zero = 128;
+      c.table16 = load_table(bytes);
+    }
   }
   return c;
 }
@@ -406,16 +424,26 @@ EFFK_INLINE void dot_span(typename D::Acc (&acc)[MR][NT][Parts], const uint8_t* 
 // Tiles beyond the last one repeat it: their results are dropped, and no second set of kernels is needed for the remainder.
 template <int NT> EFFK_INLINE int64_t tile_index(const Tile& t, int i) { return t.tile + (i < t.tiles ? i : t.tiles - 1); }
 
-// NT tiles from t.tile on: y[tile][row of x][16].
-template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t, float* out) {
+// What is the same for all tiles of a weight, worked out once per call: a tile may last no more than a few hundred cycles.
+template <class D, int Bits> struct Layout {
+  Codes codes;
+  Spans spans;
+  int64_t groups, tile_bytes;
+  Layout(const WqWeight& w, const Rows& r)
+      : codes(codes_of<D, Bits>(w)), spans(spans_of<Bits>(w, r)), groups(t16::groups(w.k, w.group)),
+        tile_bytes(t16::chunks(w.k, Bits) * t16::chunk_bytes(Bits)) {}
+};
+
+// NT tiles from t.tile on: out[tile][row of x][16].
+template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t, const Layout<D, Bits>& layout, float* out) {
   const WqWeight& w = *t.w;
   const Rows& r = *t.rows;
-  const Codes codes = codes_of(w, D::kForm);
-  const int64_t groups = t16::groups(w.k, w.group), tile_bytes = t16::chunks(w.k, Bits) * t16::chunk_bytes(Bits);
+  const Codes& codes = layout.codes;
+  const Spans& spans = layout.spans;
+  const int64_t groups = layout.groups, tile_bytes = layout.tile_bytes;
   constexpr int kParts = D::kForm == Form::int8 && MR * NT <= 4 ? 2 : 1;
   vf y[MR][NT];
   unroll<MR>([&](auto m) { unroll<NT>([&](auto i) { y[m][i] = zero_f(); }); });
-  const Spans spans = spans_of<Bits>(w, r);
   if (w.out_ptr) for (int i = 0; i < t.tiles; ++i) prefetch_outliers(w, t.tile + i);
   const uint8_t* p[NT];
   unroll<NT>([&](auto i) { p[i] = w.packed + tile_index<NT>(t, i) * tile_bytes; });
@@ -446,17 +474,10 @@ template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t, floa
   unroll<NT>([&](auto i) { unroll<MR>([&](auto m) { store_f32(out + (i * MR + m) * 16, y[m][i]); }); });
 }
 
-template <class D, int Bits, int NT> void gemv_rows(const Tile& t, float* out) {
-  switch (t.rows->m) {
-    case 1: return gemv_tiles<D, Bits, 1, NT>(t, out);
-    case 2: return gemv_tiles<D, Bits, 2, NT>(t, out);
-    case 3: return gemv_tiles<D, Bits, 3, NT>(t, out);
-    default: return gemv_tiles<D, Bits, 4, NT>(t, out);
-  }
-}
 // The outliers of all tiles come last and together: between the tiles they would break the weight stream 256 times in a
 // 4096 x 4096 product, and x would have to return to the first-level cache each time.
-template <class D, class D8, int NT> void gemv(const Tile& t) {
+template <class D, int Bits, int NT> void gemv_run(const Tile& t) {
+  const Layout<D, Bits> layout(*t.w, *t.rows);
   alignas(64) float y[(wq::kMaxGemvTiles + NT) * 4 * 16];
   const int m = int(t.rows->m);
   for (int i = 0; i < t.tiles; i += NT) {
@@ -464,14 +485,22 @@ template <class D, class D8, int NT> void gemv(const Tile& t) {
     part.tile = t.tile + i;
     part.tiles = t.tiles - i < NT ? t.tiles - i : NT;
     float* out = y + i * m * 16;
-    switch (t.w->bits) {
-      case 2: gemv_rows<D, 2, NT>(part, out); break;
-      case 3: gemv_rows<D, 3, NT>(part, out); break;
-      case 4: gemv_rows<D, 4, NT>(part, out); break;
-      default: gemv_rows<D8, 8, NT>(part, out);
+    switch (m) {
+      case 1: gemv_tiles<D, Bits, 1, NT>(part, layout, out); break;
+      case 2: gemv_tiles<D, Bits, 2, NT>(part, layout, out); break;
+      case 3: gemv_tiles<D, Bits, 3, NT>(part, layout, out); break;
+      default: gemv_tiles<D, Bits, 4, NT>(part, layout, out);
     }
   }
   for (int i = 0; i < t.tiles; ++i) finish_tile(t, t.tile + i, 0, m, y + i * m * 16);
+}
+template <class D, class D8, int NT> void gemv(const Tile& t) {
+  switch (t.w->bits) {
+    case 2: return gemv_run<D, 2, NT>(t);
+    case 3: return gemv_run<D, 3, NT>(t);
+    case 4: return gemv_run<D, 4, NT>(t);
+    default: return gemv_run<D8, 8, NT>(t);
+  }
 }
 
 // ---- gemm -------------------------------------------------------------------------------------------------------------
@@ -525,8 +554,10 @@ template <class D, int Bits, int NT, int MR = 1, class... A> inline void micro_r
 template <class D, int Bits, int NT, bool Panel> void gemm_tiles(const Tile& t) {
   const WqWeight& w = *t.w;
   const Rows& r = *t.rows;
-  const Codes codes = codes_of(w, D::kForm);
-  const int64_t groups = t16::groups(w.k, w.group), tile_bytes = t16::chunks(w.k, Bits) * t16::chunk_bytes(Bits);
+  const Layout<D, Bits> layout(w, r);
+  const Codes& codes = layout.codes;
+  const Spans& spans = layout.spans;
+  const int64_t groups = layout.groups, tile_bytes = layout.tile_bytes;
   constexpr int64_t kStride = wq::kMaxBlocks * EFFK_BLOCK_ROWS * 16;
   constexpr int kPanelBytes = (t16::kMaxActGroup / 4) * D::kSteps * 64;
   alignas(64) uint8_t panel[Panel ? NT * kPanelBytes : 1];
@@ -535,7 +566,6 @@ template <class D, int Bits, int NT, bool Panel> void gemm_tiles(const Tile& t) 
   int total = 0;
   for (int b = 0; b < t.blocks; ++b) total += r.rows_in(t.block + b);
   for (int i = 0; i < NT; ++i) std::memset(y + i * kStride, 0, size_t(total) * 64);
-  const Spans spans = spans_of<Bits>(w, r);
   for (int64_t h = 0; h < spans.count; ++h) {
     SpanOfTiles<NT> s;
     s.chunks = spans.chunks(h);

@@ -172,7 +172,7 @@ void wq_linear(const WqLinearArgs& a, void* workspace, const ParallelFor& pf) {
       Work& o = work[i];
       o = {&w, a.y[first + i], k, &l.rows[key], is_gemv(*k, a, w), 0, t16::tiles(w.n), 0, 0};
       o.step = o.gemv ? k->gemv_tiles : k->gemm_tiles;
-      if (o.gemv && w.out_ptr) {  // long items keep the outliers out of the weight stream; four a thread keep threads busy
+      if (o.gemv) {  // long items share what is worked out per call, and keep outliers out of the stream; four a thread
         const int64_t share = o.tiles / (4 * pf.threads) / o.step * o.step;
         o.step = int(share < o.step ? o.step : share > kMaxGemvTiles ? kMaxGemvTiles : share);
       }
