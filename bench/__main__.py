@@ -109,7 +109,7 @@ def linear(quick: bool, threads: int, json_file: Path | None, isa: str, m: str, 
         if not set(given) <= set(legal):
             raise typer.BadParameter(f"--{name}: expected some of {legal}, got {given}")
     ms = integers(m) if m else shapes.MS_QUICK if quick else shapes.MS
-    plan = measure.Plan(chosen, ms, threads, tiers, widths, forms, wait_s=5.0 if quick else measure.QUIET_WAIT_S,
+    plan = measure.Plan(chosen, ms, threads, tiers, widths, forms, wait_s=2.0 if quick else measure.QUIET_WAIT_S,
                         turns=3 if quick else 5, baselines=baselines)
     with console.status("measuring") as status, torch.inference_mode():  # as deployed: autograd alone costs microseconds a call
         result = measure.run(plan, lambda text: (status.update(text), console.log(text)))

@@ -21,8 +21,8 @@ from .timing import FOREIGN_LIMIT, Contender, ForeignCpu, Timing, quiet, summary
 
 OP = "wq_linear"
 RETRIES = 2  # of a block with too much foreign CPU
-RETRY_BUDGET_S = 90.0  # for all blocks together
-QUIET_WAIT_S = 10.0
+RETRY_BUDGET_S = 40.0  # for all blocks together
+QUIET_WAIT_S = 4.0
 DENSE_BITS = (16, 32)
 
 
