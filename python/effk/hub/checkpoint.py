@@ -90,7 +90,7 @@ def load(
     record = config["quantization_config"]
     check_record(record)
     if record["weights"] is not None:
-        check_file(directory / record["weights"]["file"], record["weights"])
+        find_weights(directory, record["weights"])
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
     architecture = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -118,16 +118,26 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def find_weights(directory: Path, entry: dict[str, Any]) -> Path:
+    """The weights file that the record's ``weights`` entry names.
+
+    Raises:
+        ValueError: the name leaves the directory, or there is no such file.
+    """
+    path = directory / entry["file"]
+    if path.name != entry["file"]:
+        raise ValueError(f"load: weights.file: expected a plain file name, got {entry['file']!r}")
+    if not path.is_file():
+        raise ValueError(f"load: {path}: expected the weights named by {CONFIG}, got no such file")
+    return path
+
+
 def check_file(path: Path, expected: dict[str, Any]) -> None:
     """Compare a weights file with the ``weights`` entry of the record.
 
     Raises:
-        ValueError: the name leaves the directory, the file is missing, or its size or hash differs.
+        ValueError: its size or hash differs.
     """
-    if path.name != expected["file"]:
-        raise ValueError(f"load: weights.file: expected a plain file name, got {expected['file']!r}")
-    if not path.is_file():
-        raise ValueError(f"load: {path}: expected the weights named by {CONFIG}, got no such file")
     digest, size = file_digest(path)
     if (digest, size) != (expected["sha256"], expected["bytes"]):
         raise ValueError(

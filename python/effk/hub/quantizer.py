@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..compress.embedding import EmbeddingPair, install_embedding, replace, untie
 from ..compress.fuse import fuse_shared_inputs
 from ..nn import WqLinear
-from .checkpoint import check_file, read_header
+from .checkpoint import check_file, find_weights, read_header
 from .record import PROVENANCE, QUANT_METHOD, VERSION, check_record, describe
 from .stored import StoredWeight
 
@@ -148,7 +148,7 @@ def _check_files(model: nn.Module, record: dict[str, Any], files: Sequence[str],
             raise ValueError(
                 f"load: expected the one file {record['weights']['file']}, got {[Path(f).name for f in files]}"
             )
-        check_file(Path(files[0]), record["weights"])
+        check_file(find_weights(Path(files[0]).parent, record["weights"]), record["weights"])
     held: dict[str, tuple[tuple[int, ...], str]] = {}
     for file in files:
         held |= read_header(Path(file))
