@@ -247,9 +247,9 @@ inline Quantised quantise_span(const float* x, int padded, int8_t* q) {
 template <Form F> void prepare(const void* x, DType dtype, int block, const Rows& r) {
   const int rows = r.rows_in(block);
   const int64_t row0 = r.first_row(block);
-  for (int m = 0; m < rows; ++m) {
-    const char* row = static_cast<const char*>(x) + (row0 + m) * r.k * width(dtype);
-    for (int64_t h = 0; h < r.spans; ++h) {
+  for (int64_t h = 0; h < r.spans; ++h) {
+    for (int m = 0; m < rows; ++m) {
+      const char* row = static_cast<const char*>(x) + (row0 + m) * r.k * width(dtype);
       const int64_t k0 = h * r.span, at = r.scale_at(block, h) + m;
       const int count = int(r.k - k0 < r.span ? r.k - k0 : r.span);
       alignas(64) float value[t16::kMaxActGroup];
@@ -364,28 +364,37 @@ template <class Col> inline void add_outliers(const Tile& t, int64_t tile, int64
   for (int r = 0; r < rows; ++r) sparse_few<Col>(t, tile * 16, lanes, t.dense_x + (m0 + r) * t.w->k, acc + r * 16);
 }
 
-// Outliers, bias, rounding, store.
-inline void finish_tile(const Tile& t, int64_t tile, int64_t m0, int rows, float* acc) {
+// Outliers, bias, rounding, store. acc[tile][row][16], `stride` floats from tile to tile. Rows outside, tiles inside: rows of
+// y lie far apart, and one visit to each of their pages should serve all tiles.
+template <int NT> inline void finish_tiles(const Tile& t, int64_t m0, int rows, float* acc, int64_t stride) {
   const WqWeight& w = *t.w;
-  const int64_t n0 = tile * 16;
-  const int lanes = lanes_of(w, tile);
-  if (w.out_ptr) w.col32 ? add_outliers<int32_t>(t, tile, m0, rows, acc) : add_outliers<uint16_t>(t, tile, m0, rows, acc);
-  alignas(64) char buffer[64];
-  vf bias = zero_f();
-  if (w.bias) {
-    const char* b = static_cast<const char*>(w.bias) + n0 * width(w.bias_dtype);
-    std::memset(buffer, 0, 64);
-    std::memcpy(buffer, b, size_t(lanes * width(w.bias_dtype)));
-    bias = load_any(buffer, w.bias_dtype, 0);
-  }
   const int64_t size = width(t.y_dtype);
+  vf bias[NT];
+  for (int i = 0; i < t.tiles; ++i) {
+    const int64_t tile = t.tile + i;
+    float* a = acc + i * stride;
+    if (w.out_ptr) w.col32 ? add_outliers<int32_t>(t, tile, m0, rows, a) : add_outliers<uint16_t>(t, tile, m0, rows, a);
+    bias[i] = zero_f();
+    if (!w.bias) continue;
+    alignas(64) char part[64] = {};
+    const int64_t bytes = width(w.bias_dtype);
+    std::memcpy(part, static_cast<const char*>(w.bias) + tile * 16 * bytes, size_t(lanes_of(w, tile) * bytes));
+    bias[i] = load_any(part, w.bias_dtype, 0);
+  }
   for (int r = 0; r < rows; ++r) {
-    vf v = load_f32(acc + r * 16);
-    if (w.bias) v = add_f(v, bias);
-    char* out = static_cast<char*>(t.y) + ((m0 + r) * w.n + n0) * size;
-    if (lanes == 16) { store_any(out, t.y_dtype, 0, v); continue; }
-    store_any(buffer, t.y_dtype, 0, v);
-    std::memcpy(out, buffer, size_t(lanes * size));
+    for (int i = 0; i < t.tiles; ++i) {
+      const int64_t n0 = (t.tile + i) * 16;
+      vf v = load_f32(acc + i * stride + r * 16);
+      if (w.bias) v = add_f(v, bias[i]);
+      char* out = static_cast<char*>(t.y) + ((m0 + r) * w.n + n0) * size;
+      if (n0 + 16 <= w.n) {
+        store_any(out, t.y_dtype, 0, v);
+      } else {
+        alignas(64) char part[64];
+        store_any(part, t.y_dtype, 0, v);
+        std::memcpy(out, part, size_t((w.n - n0) * size));
+      }
+    }
   }
 }
 
@@ -492,7 +501,7 @@ template <class D, int Bits, int NT> void gemv_run(const Tile& t) {
       default: gemv_tiles<D, Bits, 4, NT>(part, layout, out);
     }
   }
-  for (int i = 0; i < t.tiles; ++i) finish_tile(t, t.tile + i, 0, m, y + i * m * 16);
+  finish_tiles<wq::kMaxGemvTiles>(t, 0, m, y, m * 16);
 }
 template <class D, class D8, int NT> void gemv(const Tile& t) {
   switch (t.w->bits) {
@@ -587,7 +596,7 @@ template <class D, int Bits, int NT, bool Panel> void gemm_tiles(const Tile& t) 
                                           y + (r.first_row(block) - m0) * 16, kStride);
     }
   }
-  for (int i = 0; i < t.tiles; ++i) finish_tile(t, t.tile + i, m0, total, y + i * kStride);
+  finish_tiles<NT>(t, m0, total, y, kStride);
 }
 
 // D below 8 bits, D8 at 8 bits, DBook where codes go through a table of the weight.
