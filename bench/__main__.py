@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -19,7 +19,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def integers(text: str) -> tuple[int, ...]:
-    """"1,4,32" as numbers."""
+    """ "1,4,32" as numbers."""
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -45,16 +45,18 @@ def main(
     op: Annotated[str, typer.Option(help="What to measure: " + " or ".join(OPS) + ".")] = "wq_linear",
     quick: Annotated[bool, typer.Option("--quick", help="Two shapes, three batches: about a minute.")] = False,
     threads: Annotated[int, typer.Option(help="Threads, pinned to as many cores.")] = 1,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Write one JSON object per row here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON object per row here.")] = None,
     isa: Annotated[str, typer.Option(help="Tier of ours; default: the best one, and avx2 beside it.")] = "",
     m: Annotated[str, typer.Option(help="Rows of x, e.g. 1,4,32.")] = "",
     bits: Annotated[str, typer.Option(help="Widths of the weight, e.g. 4,3.")] = "",
     compute: Annotated[str, typer.Option(help="Forms of ours: int8,float.")] = "",
     shape: Annotated[str, typer.Option(help="Shapes NxK of the standard set, e.g. 4096x4096,1536x576.")] = "",
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure competitors too.")] = True,
-    model: Annotated[Optional[list[Path]], typer.Option(help="runtime: folders written by `effk compress`.")] = None,
-    readme: Annotated[Optional[list[Path]], typer.Option(help="Measure nothing: write results/README.md from these files.")] = None,
-    bars: Annotated[Optional[list[Path]], typer.Option(help="Measure nothing: judge the rows of these files.")] = None,
+    model: Annotated[list[Path] | None, typer.Option(help="runtime: folders written by `effk compress`.")] = None,
+    readme: Annotated[
+        list[Path] | None, typer.Option(help="Measure nothing: write results/README.md from these files.")
+    ] = None,
+    bars: Annotated[list[Path] | None, typer.Option(help="Measure nothing: judge the rows of these files.")] = None,
 ) -> None:
     """Measures OP and prints a table; every figure is of this run on this machine."""
     console = Console(width=None if Console().is_terminal else 200, log_path=False)
@@ -85,11 +87,22 @@ def main(
     linear(quick, threads, json_file, isa, m, bits, compute, shape, baselines, console)
 
 
-def linear(quick: bool, threads: int, json_file: Path | None, isa: str, m: str, bits: str, compute: str, shape: str,
-           baselines: bool, console: Console) -> None:
+def linear(
+    quick: bool,
+    threads: int,
+    json_file: Path | None,
+    isa: str,
+    m: str,
+    bits: str,
+    compute: str,
+    shape: str,
+    baselines: bool,
+    console: Console,
+) -> None:
     """The wq_linear table."""
-    import effk
     import torch
+
+    import effk
 
     from . import measure, report, shapes
 
@@ -109,12 +122,26 @@ def linear(quick: bool, threads: int, json_file: Path | None, isa: str, m: str, 
         if not set(given) <= set(legal):
             raise typer.BadParameter(f"--{name}: expected some of {legal}, got {given}")
     ms = integers(m) if m else shapes.MS_QUICK if quick else shapes.MS
-    plan = measure.Plan(chosen, ms, threads, tiers, widths, forms, wait_s=2.0 if quick else measure.QUIET_WAIT_S,
-                        turns=3 if quick else 5, baselines=baselines)
-    with console.status("measuring") as status, torch.inference_mode():  # as deployed: autograd alone costs microseconds a call
+    plan = measure.Plan(
+        chosen,
+        ms,
+        threads,
+        tiers,
+        widths,
+        forms,
+        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
+        turns=3 if quick else 5,
+        baselines=baselines,
+    )
+    with (
+        console.status("measuring") as status,
+        torch.inference_mode(),
+    ):  # as deployed: autograd alone costs microseconds a call
         result = measure.run(plan, lambda text: (status.update(text), console.log(text)))
     if json_file:
-        report.write_jsonl(json_file, [*measure.machine_rows(result), *result.rows, *measure.missing_rows(result, threads)])
+        report.write_jsonl(
+            json_file, [*measure.machine_rows(result), *result.rows, *measure.missing_rows(result, threads)]
+        )
     report.print_run(result, console)
 
 

@@ -64,8 +64,15 @@ class Missing:
 class CallRunner(Runner):
     """One Python call per product, rotating over copies."""
 
-    def __init__(self, problem: Problem, oracle: Oracle, nbytes: int, copies: Sequence[object],
-                 call: Callable[[Tensor, object], Tensor], dtype: object) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        oracle: Oracle,
+        nbytes: int,
+        copies: Sequence[object],
+        call: Callable[[Tensor, object], Tensor],
+        dtype: object,
+    ) -> None:
         self.oracle, self.nbytes = oracle, nbytes
         self._x_all, self._copies, self._call, self._dtype = problem.x, copies, call, dtype
         self._next = 0

@@ -1,7 +1,7 @@
 """The speed bars of the project, judged on the rows of finished runs: what was asked, what came, whether it holds.
 
-A bar holds if it holds at every shape; its figure is the worst one. A bar whose rows are not in the files is said to be open,
-never passed.
+A bar holds if it holds at every shape; its figure is the worst one. A bar whose rows are not in the files is said to
+be open, never passed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from rich.table import Table
 from .report import COLD, Row, figure, read_jsonl, set_vs_best
 
 INT8, FLOAT = f"int8, {COLD}", f"float, {COLD}"
-BANDWIDTH = {1: {8: 0.85, 4: 0.85, 3: 0.80, 2: 0.75}, 2: {8: 0.90, 4: 0.90, 3: 0.90, 2: 0.90}}  # threads -> bits -> least
+BANDWIDTH = {
+    1: {8: 0.85, 4: 0.85, 3: 0.80, 2: 0.75},
+    2: {8: 0.90, 4: 0.90, 3: 0.90, 2: 0.90},
+}  # threads -> bits -> least
 AGAINST_BEST = {4: 1.15, 3: 2.0, 2: 1.3}  # M = 1, 1 thread
 AGAINST_BEST_4BIT = {4: 1.3, 8: 1.3, 16: 1.3, 32: 1.3, 128: 1.1}  # M -> least
 PEAK, PEAK_FROM_M = 0.70, 32
@@ -48,7 +51,7 @@ class Verdict:
 
     @property
     def outcome(self) -> str:
-        """"pass", "fail", or "open" when there are no rows for it."""
+        """ "pass", "fail", or "open" when there are no rows for it."""
         if self.worst is None:
             return "open"
         return "pass" if self.worst.value >= self.least else "fail"
@@ -117,21 +120,33 @@ def linear_bars(rows: Rows) -> Iterator[Verdict]:
     yield verdict("M=1 int8: never slower than a competitor of the same bits", 1.0, rows.ours(INT8, M=1), vs_best)
     for m, least in ((1, 1.0), (32, 2.0)):
         found = rows.ours(FLOAT, M=m, bits=4)
-        yield verdict(f"M={m} float 4-bit: x torch int4pack bf16", least, found, lambda r: against(rows, r, "torch int4pack"))
+        yield verdict(
+            f"M={m} float 4-bit: x torch int4pack bf16", least, found, lambda r: against(rows, r, "torch int4pack")
+        )
     for m, least in AGAINST_BEST_4BIT.items():
         found = rows.ours(INT8, M=m, bits=4)
         yield verdict(f"M={m} int8 4-bit: x fastest 4-bit competitor", least, found, vs_best)
     several = [r for m in AGAINST_BEST_4BIT for r in rows.ours(INT8, M=m, bits=4)]
-    yield verdict("M=4-128 int8 4-bit: x plain int8 linear", 1.0, several, lambda r: against(rows, r, "torch dynamic int8"))
+    yield verdict(
+        "M=4-128 int8 4-bit: x plain int8 linear", 1.0, several, lambda r: against(rows, r, "torch dynamic int8")
+    )
     large = [r for r in several if r.shape["M"] >= PEAK_FROM_M]
     yield verdict(f"M>={PEAK_FROM_M} int8 4-bit: share of the int8 peak", PEAK, large, lambda r: share_of_peak(rows, r))
     dense = {(r.shape["N"], r.shape["K"], r.shape["bits"]): r for r in rows.ours(INT8, M=1)}
     sparse = rows.ours(f"int8, 0.5% outliers, {COLD}", M=1, outliers=0.005)
     yield verdict("M=1 int8: time without / with 0.5 % outliers", 1 / OUTLIER_COST, sparse, lambda r: without(dense, r))
-    pairs = [(dense[n, k, bits], dense[n, k, more]) for n, k, bits in dense for more in (next_width(bits),)
-             if (n, k, more) in dense]
-    yield Verdict("M=1 int8: time of the next width / time, at each width", rows.threads, 1.0,
-                  tuple(Finding(wide.us / narrow.us, where(narrow)) for narrow, wide in pairs))
+    pairs = [
+        (dense[n, k, bits], dense[n, k, more])
+        for n, k, bits in dense
+        for more in (next_width(bits),)
+        if (n, k, more) in dense
+    ]
+    yield Verdict(
+        "M=1 int8: time of the next width / time, at each width",
+        rows.threads,
+        1.0,
+        tuple(Finding(wide.us / narrow.us, where(narrow)) for narrow, wide in pairs),
+    )
     avx2 = [r for r in rows.all if r.ours and r.isa == "avx2" and r.case == INT8]
     yield verdict("AVX2 tier reported (share of its roofline)", 0.0, avx2, lambda r: r.roofline)
 
@@ -183,8 +198,16 @@ def report(paths: Sequence[Path], console: Console) -> int:
         worst = v.worst
         best = max((f.value for f in v.findings), default=None)
         at = "" if worst is None else worst.where
-        table.add_row(str(v.threads), v.name, figure(v.least), figure(worst and worst.value), at, figure(best), v.outcome,
-                      style={"pass": "green", "fail": "red"}.get(v.outcome))
+        table.add_row(
+            str(v.threads),
+            v.name,
+            figure(v.least),
+            figure(worst and worst.value),
+            at,
+            figure(best),
+            v.outcome,
+            style={"pass": "green", "fail": "red"}.get(v.outcome),
+        )
     console.print(table)
     counted = [v for v in verdicts if "(information)" not in v.name]
     passed = sum(v.outcome == "pass" for v in counted)

@@ -1,14 +1,14 @@
-"""The cases of `python -m bench --op wq_linear` as pytest-benchmark tests: `pytest bench/`, with its storage and compare.
+"""The cases of `python -m bench --op wq_linear` as pytest-benchmark tests: `pytest bench/`, with storage and compare.
 
 Cold weights, one product per round, each rotation starting where the one before stopped. Outputs are checked first.
 """
 
 from __future__ import annotations
 
-import effk
 import pytest
 import torch
 
+import effk
 from bench import baselines, wq_linear
 from bench.backend import Backend
 from bench.problem import Problem
@@ -16,8 +16,12 @@ from bench.shapes import LINEAR_QUICK, MS_QUICK, Case, Shape, cases
 
 ROUNDS = 200
 OURS = [case for shape in LINEAR_QUICK for m in MS_QUICK for case in cases(shape, m)]
-THEIRS = [(shape, m, entry) for shape in LINEAR_QUICK for m in MS_QUICK
-          for entry in baselines.competitors(shape, torch.get_num_threads()).backends]
+THEIRS = [
+    (shape, m, entry)
+    for shape in LINEAR_QUICK
+    for m in MS_QUICK
+    for entry in baselines.competitors(shape, torch.get_num_threads()).backends
+]
 _problems: dict[Shape, Problem] = {}
 
 
@@ -49,7 +53,9 @@ def test_effk(benchmark: object, case: Case) -> None:
     measure(benchmark, wq_linear.backend(case, effk.isa.active()), case.shape, case.m)
 
 
-@pytest.mark.parametrize(("shape", "m", "entry"), THEIRS, ids=lambda v: getattr(v, "case", None) and f"{v.name}-{v.case}")
+@pytest.mark.parametrize(
+    ("shape", "m", "entry"), THEIRS, ids=lambda v: getattr(v, "case", None) and f"{v.name}-{v.case}"
+)
 def test_baseline(benchmark: object, shape: Shape, m: int, entry: Backend) -> None:
     """A competitor."""
     measure(benchmark, entry, shape, m)

@@ -1,7 +1,7 @@
 """What this machine can do, measured in this run: read bandwidth by level, and fp32, bf16 and int8 peaks by ISA tier.
 
-The micro-kernels are `lab/roofline.cpp`, compiled on first use with the system's C++ compiler (`CXX`, else g++) into the
-user's cache folder. Every figure is for a stated number of threads, pinned to the first allowed cores.
+The micro-kernels are `lab/roofline.cpp`, compiled on first use with the system's C++ compiler (`CXX`, else g++) into
+the user's cache folder. Every figure is for a stated number of threads, pinned to the first allowed cores.
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def cores(threads: int) -> list[int]:
 def cache_bytes(level: int) -> int:
     """Size of the data or unified cache of `level` seen by core 0 (Linux sysfs), 0 when unknown."""
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
-        if (index / "level").read_text().strip() == str(level) and (index / "type").read_text().strip() != "Instruction":
+        if (index / "level").read_text().strip() == str(level) and (
+            index / "type"
+        ).read_text().strip() != "Instruction":
             text = (index / "size").read_text().strip()
             return int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]]
     return 0
@@ -94,8 +96,16 @@ def library() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(target))
     lib.roofline_what.restype = lib.roofline_isa.restype = ctypes.c_char_p
     lib.roofline_run.restype = ctypes.c_double
-    lib.roofline_run.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_int), ctypes.c_void_p,
-                                 ctypes.c_size_t, ctypes.c_size_t, ctypes.c_long, ctypes.POINTER(ctypes.c_double)]
+    lib.roofline_run.argtypes = [
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.POINTER(ctypes.c_int),
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+        ctypes.c_long,
+        ctypes.POINTER(ctypes.c_double),
+    ]
     return lib
 
 
@@ -103,17 +113,30 @@ def library() -> ctypes.CDLL:
 def kernels() -> dict[tuple[str, str], int]:
     """(what, tier) -> number of each micro-kernel this CPU can run."""
     lib = library()
-    return {(lib.roofline_what(i).decode(), lib.roofline_isa(i).decode()): i
-            for i in range(lib.roofline_kernels()) if lib.roofline_supported(i)}
+    return {
+        (lib.roofline_what(i).decode(), lib.roofline_isa(i).decode()): i
+        for i in range(lib.roofline_kernels())
+        if lib.roofline_supported(i)
+    }
 
 
-def run(what: str, tier: str, cpus: list[int], buffer: np.ndarray | None, nbytes: int, reps: int) -> tuple[float, float]:
+def run(
+    what: str, tier: str, cpus: list[int], buffer: np.ndarray | None, nbytes: int, reps: int
+) -> tuple[float, float]:
     """One run of a micro-kernel on pinned threads: (seconds, bytes read or operations done by all threads together)."""
     units = ctypes.c_double()
     address = buffer.ctypes.data if buffer is not None else None
     stride = buffer.nbytes // len(cpus) // READ_STEP * READ_STEP if buffer is not None else 0
-    seconds = library().roofline_run(kernels()[what, tier], len(cpus), (ctypes.c_int * len(cpus))(*cpus), address, stride,
-                                     nbytes // READ_STEP * READ_STEP, reps, ctypes.byref(units))
+    seconds = library().roofline_run(
+        kernels()[what, tier],
+        len(cpus),
+        (ctypes.c_int * len(cpus))(*cpus),
+        address,
+        stride,
+        nbytes // READ_STEP * READ_STEP,
+        reps,
+        ctypes.byref(units),
+    )
     return seconds, units.value
 
 
@@ -189,8 +212,9 @@ def measure(threads: int, repeats: int = 9) -> Machine:
     return machine
 
 
-def median_rate(what: str, tier: str, cpus: list[int], buffer: np.ndarray | None, nbytes: int, reps: int,
-                repeats: int) -> float:
+def median_rate(
+    what: str, tier: str, cpus: list[int], buffer: np.ndarray | None, nbytes: int, reps: int, repeats: int
+) -> float:
     """Median of `repeats` runs in 1e9 units per second; one run before them is not counted."""
     runs = [run(what, tier, cpus, buffer, nbytes, reps) for _ in range(repeats + 1)][1:]
     return statistics.median(units / seconds for seconds, units in runs) / 1e9

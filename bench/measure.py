@@ -96,8 +96,9 @@ def run(plan: Plan, say: Callable[[str], None]) -> Result:
     return result
 
 
-def build(entries: Sequence[Backend], problem: Problem, shape: Shape, result: Result,
-          say: Callable[[str], None]) -> list[tuple[Backend, Runner]]:
+def build(
+    entries: Sequence[Backend], problem: Problem, shape: Shape, result: Result, say: Callable[[str], None]
+) -> list[tuple[Backend, Runner]]:
     """Builds the runners; a baseline that fails to build is reported as missing with its error."""
     out = []
     for entry in entries:
@@ -109,9 +110,17 @@ def build(entries: Sequence[Backend], problem: Problem, shape: Shape, result: Re
     return out
 
 
-def measure_block(block: Sequence[tuple[Backend, Runner]], shape: Shape, m: int, plan: Plan, probe: machine.DramProbe,
-                  foreign: ForeignCpu, result: Result, say: Callable[[str], None]) -> list[Row]:
-    """Checks, then times the backends of one shape and batch in turns; the quietest of up to 1 + RETRIES attempts counts."""
+def measure_block(
+    block: Sequence[tuple[Backend, Runner]],
+    shape: Shape,
+    m: int,
+    plan: Plan,
+    probe: machine.DramProbe,
+    foreign: ForeignCpu,
+    result: Result,
+    say: Callable[[str], None],
+) -> list[Row]:
+    """Checks, then times the backends of one shape and batch; the quietest of up to 1 + RETRIES attempts counts."""
     matches = []
     for entry, runner in block:
         runner.bind(m)
@@ -149,12 +158,24 @@ def measure_block(block: Sequence[tuple[Backend, Runner]], shape: Shape, m: int,
         rows.append(row)
         if WARM in timings:
             row.warm_us = timings[WARM].us
-            rows.append(make_row(entry, runner, shape, m, plan.threads, WARM, timings[WARM], None, result.machine, matches[i]))
+            rows.append(
+                make_row(entry, runner, shape, m, plan.threads, WARM, timings[WARM], None, result.machine, matches[i])
+            )
     return rows
 
 
-def make_row(entry: Backend, runner: Runner, shape: Shape, m: int, threads: int, kind: str, timing: Timing,
-             dram: float | None, limits: machine.Machine, match: float) -> Row:
+def make_row(
+    entry: Backend,
+    runner: Runner,
+    shape: Shape,
+    m: int,
+    threads: int,
+    kind: str,
+    timing: Timing,
+    dram: float | None,
+    limits: machine.Machine,
+    match: float,
+) -> Row:
     """The row of a timing. Warm rows have no roofline: their weight may sit in a cache."""
     flops = 2.0 * m * shape.n * shape.k
     keys = {"M": m, "N": shape.n, "K": shape.k, "bits": entry.bits, "group": entry.group, "outliers": entry.outliers}
@@ -163,9 +184,24 @@ def make_row(entry: Backend, runner: Runner, shape: Shape, m: int, threads: int,
         peak = limits.peak(unit(entry), entry.isa if entry.isa in machine.TIERS else machine.TIERS[-1])
         least_us = max(runner.nbytes / dram / 1e3, flops / peak / 1e3 if peak else 0.0)
         roofline = least_us / timing.us
-    return Row(OP, f"{entry.case}, {kind}", keys, entry.dtype, entry.isa, threads, entry.name, entry.version, timing.us,
-               timing.iqr, runner.nbytes / timing.us / 1e3, flops / timing.us / 1e3, roofline, None,
-               match if math.isfinite(match) else None, best_us=timing.best)
+    return Row(
+        OP,
+        f"{entry.case}, {kind}",
+        keys,
+        entry.dtype,
+        entry.isa,
+        threads,
+        entry.name,
+        entry.version,
+        timing.us,
+        timing.iqr,
+        runner.nbytes / timing.us / 1e3,
+        flops / timing.us / 1e3,
+        roofline,
+        None,
+        match if math.isfinite(match) else None,
+        best_us=timing.best,
+    )
 
 
 def unit(entry: Backend) -> str:
@@ -194,5 +230,7 @@ def machine_rows(result: Result) -> list[Row]:
 
 def missing_rows(result: Result, threads: int) -> list[Row]:
     """Rows without figures for what could not run, with the reason as their case."""
-    return [Row(OP, f"missing: {reason}", {}, "", "", threads, name, "", *[None] * 7) for name, reason in result.missing.items()]
-
+    return [
+        Row(OP, f"missing: {reason}", {}, "", "", threads, name, "", *[None] * 7)
+        for name, reason in result.missing.items()
+    ]

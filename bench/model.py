@@ -1,9 +1,8 @@
-"""Whole models: tokens per second of decoding and of reading a prompt, batch 1, the same `generate` loop for all in PyTorch.
+"""Whole models: tokens per second of decoding and of reading a prompt, batch 1, one `generate` loop for all in PyTorch.
 
-Decoding is timed as generate(NEW tokens) less generate(1 token), per token. The models take turns, so that drift hits all.
-match: mean Kullback-Leibler divergence, in nats, of the next-token distributions from those of a float32 PyTorch model with
-the very same (dequantised) weights, over KL_BOUND, which is a convention of this table: four times what bf16 arithmetic
-was seen to cost on it.
+Decoding is timed as generate(NEW tokens) less generate(1 token), per token. The models take turns, so that drift hits
+all. match: mean Kullback-Leibler divergence, in nats, of the next-token distributions from those of a float32 PyTorch
+model with the very same (dequantised) weights, over KL_BOUND, which is a convention of this table, not a derivation.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import effk
 import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import effk
 from effk.compress.passes.rtn import Rtn
 from effk.hub.models import smollm2, smollm2_path
 from effk.nn import WqEmbedding, WqLinear, WqTiedHead
-from rich.console import Console
-from torch import Tensor, nn
 
 from . import machine
 from .report import OURS, Row, print_table
@@ -83,7 +83,7 @@ def measure(runtimes: list[Runtime], threads: int, rounds: int, console: Console
     """Rows for decoding and for reading the prompt; vs_best against the PyTorch bf16 model."""
     foreign, seconds = ForeignCpu(), {}
     for r in range(rounds):
-        for runtime in runtimes[r % len(runtimes):] + runtimes[: r % len(runtimes)]:
+        for runtime in runtimes[r % len(runtimes) :] + runtimes[: r % len(runtimes)]:
             runtime.decode(2)
             token = (runtime.decode(NEW) - runtime.decode(1)) / (NEW - 1)
             runtime.prefill()
@@ -100,12 +100,33 @@ def measure(runtimes: list[Runtime], threads: int, rounds: int, console: Console
             us = statistics.median(times)
             spread = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [us] * 3
             gbps = runtime.nbytes / us / 1e3 if kind == "decode" else None
-            keys = {"model": NAME, "prompt": DECODE_PROMPT if kind == "decode" else PROMPT, "new": NEW * (kind == "decode"), "batch": 1}
+            keys = {
+                "model": NAME,
+                "prompt": DECODE_PROMPT if kind == "decode" else PROMPT,
+                "new": NEW * (kind == "decode"),
+                "batch": 1,
+            }
             ours = runtime.backend == OURS
-            rows.append(Row("runtime", f"{kind}, {runtime.label}", keys, runtime.dtype, effk.isa.active() if ours else "native",
-                            threads, runtime.backend, runtime.version, us, spread[2] - spread[0], gbps, None,
-                            gbps / dram if gbps else None, base * 1e6 / us if ours else None, runtime.divergence / KL_BOUND,
-                            best_us=min(times)))
+            rows.append(
+                Row(
+                    "runtime",
+                    f"{kind}, {runtime.label}",
+                    keys,
+                    runtime.dtype,
+                    effk.isa.active() if ours else "native",
+                    threads,
+                    runtime.backend,
+                    runtime.version,
+                    us,
+                    spread[2] - spread[0],
+                    gbps,
+                    None,
+                    gbps / dram if gbps else None,
+                    base * 1e6 / us if ours else None,
+                    runtime.divergence / KL_BOUND,
+                    best_us=min(times),
+                )
+            )
     return rows
 
 
@@ -125,10 +146,17 @@ def effk_runtime(model: nn.Module, ids: Tensor) -> Runtime:
 
 def hf_runtime(model: nn.Module, ids: Tensor, wanted: Tensor, backend: str, version: str, name: str) -> Runtime:
     """Decoding by transformers' `generate`, greedy; reading the prompt by one forward call with a cache."""
+
     def decode(new: int) -> float:
         start = time.perf_counter()
-        model.generate(ids[:, :DECODE_PROMPT], attention_mask=torch.ones(1, DECODE_PROMPT, dtype=torch.long),
-                       max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        model.generate(
+            ids[:, :DECODE_PROMPT],
+            attention_mask=torch.ones(1, DECODE_PROMPT, dtype=torch.long),
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+        )
         return time.perf_counter() - start
 
     def prefill() -> float:
@@ -183,7 +211,7 @@ def divergence(wanted: Tensor, got: Tensor) -> float:
 
 
 def llama_runtimes(ids: Tensor, threads: int, quick: bool, console: Console) -> list[Runtime]:
-    """llama.cpp on the file as shipped (Q4_1) and, unless quick, requantised to Q4_0, for which it has faster kernels."""
+    """llama.cpp on the file as shipped (Q4_1) and, unless quick, requantised to Q4_0, whose kernels are faster."""
     if importlib.util.find_spec("llama_cpp") is None:
         raise ImportError("llama-cpp-python is not installed")
     import llama_cpp
@@ -210,8 +238,15 @@ def llama_runtimes(ids: Tensor, threads: int, quick: bool, console: Console) -> 
 
 def llama_runtime(path: Path, name: str, ids: Tensor, wanted: Tensor, threads: int, llama_cpp: object) -> Runtime:
     """llama.cpp through its Python package, greedy, no sampling chain beyond the largest logit."""
-    llm = llama_cpp.Llama(str(path), n_ctx=PROMPT + NEW, n_threads=threads, n_threads_batch=threads, n_batch=PROMPT,
-                          n_ubatch=PROMPT, verbose=False)
+    llm = llama_cpp.Llama(
+        str(path),
+        n_ctx=PROMPT + NEW,
+        n_threads=threads,
+        n_threads_batch=threads,
+        n_batch=PROMPT,
+        n_ubatch=PROMPT,
+        verbose=False,
+    )
     tokens = ids[0].tolist()
 
     def decode(new: int) -> float:
@@ -235,5 +270,13 @@ def llama_runtime(path: Path, name: str, ids: Tensor, wanted: Tensor, threads: i
         done = position + 1
         row = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
         got.append(torch.tensor(row[: llm.n_vocab()], dtype=torch.float64))
-    return Runtime("llama.cpp", llama_cpp.__version__, name, "float32", path.stat().st_size, decode, prefill,
-                   divergence(wanted, torch.stack(got)))
+    return Runtime(
+        "llama.cpp",
+        llama_cpp.__version__,
+        name,
+        "float32",
+        path.stat().st_size,
+        decode,
+        prefill,
+        divergence(wanted, torch.stack(got)),
+    )

@@ -24,9 +24,9 @@ def checked_rows(m: int) -> list[int]:
 class Rounding:
     """How a kernel rounds on its way; what it does beyond fp32 accumulation of exact products.
 
-    act_group: activations are quantised to int8 in groups of this many columns; 0 = whole rows; -1 = whole tensor; None = not
-    quantised. act_levels: steps over [-max, max] (254) or over [min, max] (255, affine). act_scale: relative rounding of the
-    activation scale. weight: relative rounding of each weight. out: relative rounding of the output.
+    act_group: activations are quantised to int8 in groups of this many columns; 0 = whole rows; -1 = whole tensor;
+    None = not quantised. act_levels: steps over [-max, max] (254) or over [min, max] (255, affine). act_scale: relative
+    rounding of the activation scale. weight: relative rounding of each weight. out: relative rounding of the output.
     """
 
     act_group: int | None = None
@@ -42,11 +42,11 @@ FP32, FP16, BF16 = 2.0**-24, 2.0**-11, 2.0**-8  # largest relative error of roun
 class Oracle:
     """y = x W^T in float64 for the checked rows of x, and bounds on what a kernel may differ from it.
 
-    A kernel's error has two parts. Accumulating K products in fp32, in any order, costs at most K * 2^-24 * sum |w x| (Higham,
-    Accuracy and Stability of Numerical Algorithms, 3.1). Rounding to a grid of step d (activations to int8, weights to bf16) makes
-    errors in [-d/2, d/2], independent for data that knows nothing of the grid; by Hoeffding's inequality their sum
-    exceeds sqrt(sum d^2 * ln(2/p) / 2) with a chance below p, here FAILURE over all outputs. The bound is tight
-    enough that a missing group of columns or a permuted row breaks it.
+    A kernel's error has two parts. Accumulating K products in fp32, in any order, costs at most K * 2^-24 * sum |w x|
+    (Higham, Accuracy and Stability of Numerical Algorithms, 3.1). Rounding to a grid of step d (activations to int8,
+    weights to bf16) makes errors in [-d/2, d/2], independent for data that knows nothing of the grid; by Hoeffding's
+    inequality their sum exceeds sqrt(sum d^2 * ln(2/p) / 2) with a chance below p, here FAILURE over all outputs. The
+    bound is tight enough that a missing group of columns or a permuted row breaks it.
     """
 
     def __init__(self, weight: Tensor, x: Tensor, ms: tuple[int, ...]) -> None:
@@ -137,7 +137,7 @@ class Quantized:
 
 
 class Problem:
-    """Everything the backends of one shape need: x and, made on demand, weights of a width and group with their oracles."""
+    """What the backends of one shape need: x and, made on demand, weights of a width and group with their oracles."""
 
     def __init__(self, shape: Shape, ms: tuple[int, ...], seed: int = 0) -> None:
         self.shape, self.ms = shape, ms
@@ -148,7 +148,7 @@ class Problem:
         self.extras: dict[str, object] = {}  # weights in formats of single backends, by their name
 
     def quantized(self, bits: int, group: int) -> Quantized:
-        """The weight with codes of `bits` and one scale per `group` columns (0 = per row); the same object each time."""
+        """The weight of `bits` with one scale per `group` columns (0 = per row); the same object each time."""
         if (bits, group) not in self._weights:
             n, k = self.shape.n, self.shape.k
             groups = -(-k // group) if group else 1

@@ -20,9 +20,10 @@ COLD, WARM = "cold", "warm"
 class Row:
     """One measured case. The fields up to `match` are the JSON schema; the rest is for the printed table.
 
-    us: median microseconds of one product; us_iqr: interquartile range. gbps: bytes of the weight over us. gflops: 2 M N K over us.
-    roofline: least possible time (bytes over measured bandwidth, or operations over measured peak) over us. vs_best: time of
-    the fastest competitor of the same shape and bits over ours. match: largest error over its bound; at most 1 is right.
+    us: median microseconds of one product; us_iqr: interquartile range. gbps: bytes of the weight over us. gflops:
+    2 M N K over us. roofline: least possible time (bytes over measured bandwidth, or operations over measured peak)
+    over us. vs_best: time of the fastest competitor of the same shape and bits over ours. match: largest error over its
+    bound; at most 1 is right.
     """
 
     op: str
@@ -59,8 +60,23 @@ class Row:
         return {name: _rounded(value) for name, value in asdict(self).items() if name not in skip}
 
 
-SCHEMA = ("op", "case", "shape", "dtype", "isa", "threads", "backend", "version", "us", "us_iqr", "gbps", "gflops", "roofline",
-          "vs_best", "match")
+SCHEMA = (
+    "op",
+    "case",
+    "shape",
+    "dtype",
+    "isa",
+    "threads",
+    "backend",
+    "version",
+    "us",
+    "us_iqr",
+    "gbps",
+    "gflops",
+    "roofline",
+    "vs_best",
+    "match",
+)
 
 
 def _rounded(value: object) -> object:
@@ -87,7 +103,7 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def set_vs_best(rows: Sequence[Row]) -> None:
-    """Fills vs_best of our cold rows from the valid cold rows of competitors: same op, threads, M, N, K (or T, d) and bits."""
+    """Fills vs_best of our cold rows from valid cold rows of competitors of the same op, threads, shape and bits."""
     best: dict[tuple, float] = {}
     for row in rows:
         if not row.ours and row.valid and row.us and not row.case.endswith(WARM):
@@ -104,7 +120,9 @@ def _class(row: Row) -> tuple:
 
 def best_competitor(rows: Sequence[Row], like: Row) -> Row | None:
     """The competitor behind vs_best of `like`."""
-    field_ = [r for r in rows if not r.ours and r.valid and r.us and not r.case.endswith(WARM) and _class(r) == _class(like)]
+    field_ = [
+        r for r in rows if not r.ours and r.valid and r.us and not r.case.endswith(WARM) and _class(r) == _class(like)
+    ]
     return min(field_, key=lambda r: r.us, default=None)
 
 
@@ -117,10 +135,25 @@ def figure(value: float | None, digits: int = 3) -> str:
     """A number with that many significant digits, "-" for none."""
     if value is None or not math.isfinite(value):
         return "-"
-    return f"{value:.{digits}g}" if abs(value) < 10 ** digits else f"{value:.0f}"
+    return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
 
 
-COLUMNS = ("shape", "backend", "case", "isa", "thr", "median us", "iqr", "min", "warm", "GB/s", "GFLOP/s", "% roof", "x best", "match")
+COLUMNS = (
+    "shape",
+    "backend",
+    "case",
+    "isa",
+    "thr",
+    "median us",
+    "iqr",
+    "min",
+    "warm",
+    "GB/s",
+    "GFLOP/s",
+    "% roof",
+    "x best",
+    "match",
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -129,17 +162,34 @@ def cells(row: Row) -> list[str]:
     shape = f"M={s['M']} {s['N']}x{s['K']} {s['bits']}b" if "bits" in s else " ".join(f"{k}={v}" for k, v in s.items())
     roof = None if row.roofline is None else 100 * row.roofline
     match = figure(row.match, 2) if row.valid else f"WRONG {figure(row.match, 2)}"
-    return [shape, f"{row.backend} {row.version}".strip(), row.case, row.isa, str(row.threads), figure(row.us, 4),
-            figure(row.us_iqr, 2), figure(row.best_us, 4), figure(row.warm_us, 4), figure(row.gbps), figure(row.gflops, 4),
-            figure(roof), figure(row.vs_best), match]
+    return [
+        shape,
+        f"{row.backend} {row.version}".strip(),
+        row.case,
+        row.isa,
+        str(row.threads),
+        figure(row.us, 4),
+        figure(row.us_iqr, 2),
+        figure(row.best_us, 4),
+        figure(row.warm_us, 4),
+        figure(row.gbps),
+        figure(row.gflops, 4),
+        figure(roof),
+        figure(row.vs_best),
+        match,
+    ]
 
 
 def print_table(rows: Sequence[Row], console: Console, title: str) -> None:
     """The full table, one line a row; rows whose output is wrong are marked."""
     table = Table(title=title, title_justify="left")
     for name in COLUMNS:
-        table.add_column(name, justify="left" if name in ("shape", "backend", "case", "isa") else "right",
-                         overflow="fold", no_wrap=name == "shape")
+        table.add_column(
+            name,
+            justify="left" if name in ("shape", "backend", "case", "isa") else "right",
+            overflow="fold",
+            no_wrap=name == "shape",
+        )
     previous = None
     for row in rows:
         group = (row.shape.get("M"), row.shape.get("N"), row.shape.get("K"))
@@ -178,12 +228,16 @@ def print_run(result: object, console: Console) -> None:
     cold = [row for row in result.rows if not row.case.endswith(WARM)]
     order = {(row.shape["N"], row.shape["K"], row.shape["M"]): i for i, row in reversed(list(enumerate(cold)))}
     cold.sort(key=lambda r: (order[r.shape["N"], r.shape["K"], r.shape["M"]], r.shape["bits"], not r.ours, r.us))
-    print_table(cold, console, f"{cold[0].op}, {m.threads} thread{'s' * (m.threads > 1)}, cold weights" if cold else "no rows")
+    print_table(
+        cold, console, f"{cold[0].op}, {m.threads} thread{'s' * (m.threads > 1)}, cold weights" if cold else "no rows"
+    )
     for name, reason in result.missing.items():
         console.print(f"missing: {name}: {reason}")
     print_summary(cold, console)
     peaks = ", ".join(f"{what} {figure(max(by.values()), 4)}" for what, by in m.peaks.items())
-    console.print(f"{m.cpu}; {m.threads} pinned; DRAM read {figure(statistics.median(result.dram))} GB/s "
-                  f"({figure(min(result.dram))}-{figure(max(result.dram))} over the run); peaks GFLOP/s: {peaks}; "
-                  f"rotation {m.rotation_bytes >> 20} MiB; foreign CPU median {statistics.median(result.foreign):.1%}, "
-                  f"worst block {max(result.foreign):.1%} of a core")
+    console.print(
+        f"{m.cpu}; {m.threads} pinned; DRAM read {figure(statistics.median(result.dram))} GB/s "
+        f"({figure(min(result.dram))}-{figure(max(result.dram))} over the run); peaks GFLOP/s: {peaks}; "
+        f"rotation {m.rotation_bytes >> 20} MiB; foreign CPU median {statistics.median(result.foreign):.1%}, "
+        f"worst block {max(result.foreign):.1%} of a core"
+    )

@@ -8,6 +8,12 @@ from pathlib import Path
 from . import bars
 from .report import COLD, Row, best_competitor, figure, geomean, read_jsonl, set_vs_best
 
+LEGEND = (
+    "Cold: weights rotate over at least four times the last-level cache. Medians. Ours: one call of the op per product; "
+    "competitors whose settings say so run all copies in one graph. % roof: least possible time (bytes over the DRAM "
+    "bandwidth read between the rows, or operations over the measured peak) over the time. x best: time of the fastest "
+    "competitor of the same bits over ours."
+)
 FOLDER = Path(__file__).parent / "results"
 
 
@@ -24,18 +30,26 @@ def page(rows: list[Row], paths: Sequence[Path]) -> Iterator[str]:
     yield ""
     yield f"Written by `python -m bench --readme` from {', '.join(f'`{p.name}`' for p in paths)}. Not edited by hand."
     yield ""
-    yield ("Cold: weights rotate over at least four times the last-level cache. Medians. Ours is one call of the op per product; "
-           "competitors whose settings say so run all copies in one graph. % roof: least possible time (bytes over the DRAM bandwidth "
-           "read between the rows, or operations over the measured peak) over the time. x best: time of the fastest competitor "
-           "of the same bits over ours.")
+    yield LEGEND
     for threads in sorted({r.threads for r in rows}):
         here = [r for r in rows if r.threads == threads]
-        yield from ["", f"## {threads} thread{'s' * (threads > 1)}", "", *conditions(here), "", "### Bars", "", *verdicts(here)]
+        yield from [
+            "",
+            f"## {threads} thread{'s' * (threads > 1)}",
+            "",
+            *conditions(here),
+            "",
+            "### Bars",
+            "",
+            *verdicts(here),
+        ]
         if any(r.op == "wq_linear" for r in here):
             yield from ["", "### Ours", "", *ours(here), "", "### The field", "", *field(here)]
         if any(r.op == "runtime" for r in here):
             yield from ["", "### Whole models", "", *models(here)]
-        missing = sorted({(r.backend, r.case.removeprefix("missing: ")) for r in here if r.case.startswith("missing: ")})
+        missing = sorted(
+            {(r.backend, r.case.removeprefix("missing: ")) for r in here if r.case.startswith("missing: ")}
+        )
         if missing:
             yield from ["", "Missing: " + "; ".join(f"{name}: {reason}" for name, reason in missing) + "."]
 
@@ -52,15 +66,25 @@ def conditions(rows: Sequence[Row]) -> Iterator[str]:
     """Measured limits of the machine."""
     limits = [r for r in rows if r.op == "machine"]
     if limits:
-        parts = [f"{r.case}{f' ({r.isa})' if r.isa else ''} {figure(r.gbps or r.gflops, 4)} {'GB/s' if r.gbps else 'GFLOP/s'}"
-                 for r in limits]
+        rate = {r.case + r.isa: f"{figure(r.gbps or r.gflops, 4)} {'GB/s' if r.gbps else 'GFLOP/s'}" for r in limits}
+        parts = [f"{r.case} {f'({r.isa}) ' if r.isa else ''}{rate[r.case + r.isa]}" for r in limits]
         yield f"{limits[0].backend}: " + ", ".join(parts) + "."
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[str]:
     """Every bar that has rows."""
-    lines = [(v.name.strip(), figure(v.least), figure(v.worst.value), v.worst.where,
-              figure(max(f.value for f in v.findings)), v.outcome) for v in bars.judge(rows) if v.findings]
+    lines = [
+        (
+            v.name.strip(),
+            figure(v.least),
+            figure(v.worst.value),
+            v.worst.where,
+            figure(max(f.value for f in v.findings)),
+            v.outcome,
+        )
+        for v in bars.judge(rows)
+        if v.findings
+    ]
     yield from table(("bar", "asked", "worst", "at", "best", "outcome"), lines)
 
 
@@ -72,11 +96,28 @@ def ours(rows: Sequence[Row]) -> Iterator[str]:
     for r in mine:
         key = (r.isa, r.case.removesuffix(f", {COLD}"), r.shape["bits"], r.shape["M"])
         groups.setdefault(key, {})[r.shape["N"], r.shape["K"]] = r
-    header = ("tier", "case", "bits", "M", "% roof, mean (worst)", "x best, mean (worst)", *(f"{n}x{k} us" for n, k in shapes))
+    header = (
+        "tier",
+        "case",
+        "bits",
+        "M",
+        "% roof, mean (worst)",
+        "x best, mean (worst)",
+        *(f"{n}x{k} us" for n, k in shapes),
+    )
     order = sorted(groups.items(), key=lambda item: (item[0][0] == "avx2", item[0][1], -item[0][2], item[0][3]))
-    yield from table(header, ([*map(str, key), spread([100 * r.roofline for r in found.values() if r.roofline]),
-                               spread([r.vs_best for r in found.values() if r.vs_best]),
-                               *(cell(found.get(shape)) for shape in shapes)] for key, found in order))
+    yield from table(
+        header,
+        (
+            [
+                *map(str, key),
+                spread([100 * r.roofline for r in found.values() if r.roofline]),
+                spread([r.vs_best for r in found.values() if r.vs_best]),
+                *(cell(found.get(shape)) for shape in shapes),
+            ]
+            for key, found in order
+        ),
+    )
 
 
 def spread(values: Sequence[float]) -> str:
@@ -96,7 +137,9 @@ def field(rows: Sequence[Row]) -> Iterator[str]:
     groups: dict[tuple, dict[int, Row]] = {}
     for r in theirs:
         s = r.shape
-        groups.setdefault((f"{s['N']}x{s['K']}", s["bits"], r.backend, r.version, r.case.removesuffix(f", {COLD}")), {})[s["M"]] = r
+        groups.setdefault(
+            (f"{s['N']}x{s['K']}", s["bits"], r.backend, r.version, r.case.removesuffix(f", {COLD}")), {}
+        )[s["M"]] = r
 
     def text(row: Row | None) -> str:
         if row is None:
@@ -106,13 +149,22 @@ def field(rows: Sequence[Row]) -> Iterator[str]:
         best = best_competitor(rows, row)
         return f"**{figure(row.us, 4)}**" if row is best else figure(row.us, 4)
 
-    yield from table(("shape", "bits", "competitor", "version", "settings", *(f"M={m} us" for m in ms), "match (M=1)"),
-                     ([*map(str, key), *(text(found.get(m)) for m in ms), figure(found[min(found)].match, 2)]
-                      for key, found in groups.items()))
+    yield from table(
+        ("shape", "bits", "competitor", "version", "settings", *(f"M={m} us" for m in ms), "match (M=1)"),
+        (
+            [*map(str, key), *(text(found.get(m)) for m in ms), figure(found[min(found)].match, 2)]
+            for key, found in groups.items()
+        ),
+    )
 
 
 def models(rows: Sequence[Row]) -> Iterator[str]:
     """Tokens per second."""
     found = [r for r in rows if r.op == "runtime"]
-    yield from table(("case", "runtime", "tokens/s", "x PyTorch bf16 eager", "match"),
-                     ((r.case, f"{r.backend} {r.version}", figure(1e6 / r.us, 4), figure(r.vs_best), figure(r.match, 2)) for r in found))
+    yield from table(
+        ("case", "runtime", "tokens/s", "x PyTorch bf16 eager", "match"),
+        (
+            (r.case, f"{r.backend} {r.version}", figure(1e6 / r.us, 4), figure(r.vs_best), figure(r.match, 2))
+            for r in found
+        ),
+    )

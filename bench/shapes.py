@@ -23,8 +23,13 @@ class Shape:
 
 
 # Linear layers of a 7B model, and of SmolLM2-135M, whose 576 columns are no multiple of 128.
-LINEAR = (Shape(4096, 4096, 128), Shape(11008, 4096, 128), Shape(4096, 11008, 128), Shape(1536, 576, 64),
-          Shape(576, 1536, 64))
+LINEAR = (
+    Shape(4096, 4096, 128),
+    Shape(11008, 4096, 128),
+    Shape(4096, 11008, 128),
+    Shape(1536, 576, 64),
+    Shape(576, 1536, 64),
+)
 LINEAR_QUICK = (LINEAR[0], LINEAR[3])
 MS_QUICK = (1, 8, 32)
 MS_WARM = (1,)  # where a warm figure is printed beside the cold one
@@ -54,8 +59,14 @@ class Case:
 
     def keys(self) -> dict[str, float]:
         """The `shape` of its row."""
-        return {"M": self.m, "N": self.shape.n, "K": self.shape.k, "bits": self.bits, "group": self.shape.group,
-                "outliers": self.outliers}
+        return {
+            "M": self.m,
+            "N": self.shape.n,
+            "K": self.shape.k,
+            "bits": self.bits,
+            "group": self.shape.group,
+            "outliers": self.outliers,
+        }
 
 
 def cases(shape: Shape, m: int, bits: tuple[int, ...] = BITS, forms: tuple[str, ...] = FORMS) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Fair timing on a shared machine: backends take turns, so that drift hits all, and turns that others disturbed are left out."""
+"""Fair timing on a shared machine: backends take turns, so that drift hits all; disturbed turns do not count."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ TURNS = 5
 PAUSE_S = 0.004  # before a turn: the worker threads of the backend before it stop spinning
 LONG_CALL_S = 0.02  # from here on a call is its own warm-up
 LONG_CALLS = 3  # of which this many are enough: each goes over a whole rotation of weights
-FOREIGN_LIMIT = 0.04  # share of a core; turns with more are left out where others are quieter, blocks with more repeated
+FOREIGN_LIMIT = (
+    0.04  # share of a core; turns with more are left out where others are quieter, blocks with more repeated
+)
 QUIET_SHARE = 0.06  # of a core, over QUIET_STEP_S, counts as quiet
 QUIET_STEP_S = 0.5
 
@@ -72,7 +74,9 @@ def turn(contender: Contender, seconds: float, long_call: bool, foreign: Foreign
             return Turn(tuple(samples), foreign.share())
 
 
-def take_turns(contenders: Mapping[str, Contender], turns: int = TURNS, seconds: float = TURN_S) -> dict[str, list[Turn]]:
+def take_turns(
+    contenders: Mapping[str, Contender], turns: int = TURNS, seconds: float = TURN_S
+) -> dict[str, list[Turn]]:
     """The turns of each contender; every round starts with another one."""
     names, foreign = list(contenders), ForeignCpu()
     done: dict[str, list[Turn]] = {name: [] for name in names}
@@ -87,7 +91,7 @@ def take_turns(contenders: Mapping[str, Contender], turns: int = TURNS, seconds:
 
 
 def quiet(turns: Sequence[Turn]) -> tuple[list[float], float]:
-    """Samples of the turns that others left alone, or else of the quieter half; and the foreign share they still had."""
+    """Samples of the turns that others left alone, or else of the quieter half, and their foreign share."""
     shares = sorted(t.foreign for t in turns)
     limit = FOREIGN_LIMIT if shares[0] <= FOREIGN_LIMIT else shares[(len(shares) - 1) // 2]
     kept = [t for t in turns if t.foreign <= limit]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import effk
 import torch
+from torch import Tensor
+
+import effk
 from effk.formats.csr import csr_from_mask
 from effk.formats.wq import WqWeight
 from effk.ops.wq_linear import PackedWeight, multi_linear, pack
-from torch import Tensor
 
 from . import machine
 from .backend import Backend, Runner
@@ -28,8 +29,18 @@ def backend(case: Case, tier: str) -> Backend:
     else:
         rounding = Rounding(out=BF16)
     runner = MultiRunner if case.multi else OneRunner
-    return Backend(OURS, effk.__version__, case.label(), case.bits, shape.group, case.dtype, rounding,
-                   lambda problem: runner(problem, case, tier), isa=tier, outliers=case.outliers)
+    return Backend(
+        OURS,
+        effk.__version__,
+        case.label(),
+        case.bits,
+        shape.group,
+        case.dtype,
+        rounding,
+        lambda problem: runner(problem, case, tier),
+        isa=tier,
+        outliers=case.outliers,
+    )
 
 
 class EffkRunner(Runner):
@@ -84,7 +95,7 @@ class MultiRunner(EffkRunner):
 
 
 def packed_copies(problem: Problem, case: Case) -> tuple[list[PackedWeight], int, Oracle]:
-    """Copies of the weight in kernel layout, the bytes of one, and its oracle; made once for all forms, tiers and batches."""
+    """Copies of the weight in kernel layout, the bytes of one, and its oracle; made once for all forms and tiers."""
     key = f"{OURS} {case.bits} {case.outliers}"
     if key not in problem.extras:
         weight = problem.quantized(case.bits, case.shape.group)
@@ -92,11 +103,15 @@ def packed_copies(problem: Problem, case: Case) -> tuple[list[PackedWeight], int
         if case.outliers:
             generator = torch.Generator().manual_seed(1)
             mask = torch.rand(codes.shape, generator=generator) < case.outliers
-            values = (torch.randn(codes.shape, generator=generator) * (OUTLIER_GAIN * float(weight.scales.max()))).half()
+            values = (
+                torch.randn(codes.shape, generator=generator) * (OUTLIER_GAIN * float(weight.scales.max()))
+            ).half()
             codes = codes.masked_fill(mask, weight.zero)
             outliers = csr_from_mask(values, mask)
             oracle = Oracle(torch.where(mask, values.float(), oracle.weight), problem.x, problem.ms)
-        stored = WqWeight.from_codes(codes, weight.scales.half(), bits=case.bits, group_size=case.shape.group, outliers=outliers)
+        stored = WqWeight.from_codes(
+            codes, weight.scales.half(), bits=case.bits, group_size=case.shape.group, outliers=outliers
+        )
         one = pack(stored)
         nbytes = sum(t.numel() * t.element_size() for t in one.tensors if t is not None)
         copies = [PackedWeight(*map(clone, one.tensors), *one.geometry) for _ in range(machine.copies(nbytes))]

@@ -1,4 +1,4 @@
-"""ggml, the kernels of llama.cpp, through the shared libraries that llama-cpp-python ships (or the folder EFFK_GGML_LIB)."""
+"""ggml, the kernels of llama.cpp, through the libraries that llama-cpp-python ships (or the folder EFFK_GGML_LIB)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,36 @@ from ..shapes import Shape
 
 NAME = "ggml mul_mat"
 # ggml type: (number, class of bits, block of K, activation type's group). Activations are quantised to int8 in blocks.
-TYPES = {"q8_0": (8, 8, 32, 32), "q4_0": (2, 4, 32, 32), "q4_K": (12, 4, 256, 256), "q3_K": (11, 3, 256, 256),
-         "q2_K": (10, 2, 256, 256), "tq2_0": (35, 2, 256, 256)}
+TYPES = {
+    "q8_0": (8, 8, 32, 32),
+    "q4_0": (2, 4, 32, 32),
+    "q4_K": (12, 4, 256, 256),
+    "q3_K": (11, 3, 256, 256),
+    "q2_K": (10, 2, 256, 256),
+    "tq2_0": (35, 2, 256, 256),
+}
 PATTERN = 256  # rows that are really quantised, repeated over the matrix: some of ggml's quantisers are slow
 GRAPH_SLACK = 8
 
 
 class GgmlTensor(ctypes.Structure):
-    """struct ggml_tensor (ggml.h), to see whether a weight was repacked (`extra`); the layout is verified in `library`."""
+    """struct ggml_tensor (ggml.h): `extra` tells whether a weight was repacked. `Library` verifies the layout."""
 
-    _fields_ = [("type", ctypes.c_int32), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
-                ("op", ctypes.c_int32), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32),
-                ("src", ctypes.c_void_p * 10), ("view_src", ctypes.c_void_p), ("view_offs", ctypes.c_size_t),
-                ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64), ("extra", ctypes.c_void_p)]
+    _fields_ = [
+        ("type", ctypes.c_int32),
+        ("buffer", ctypes.c_void_p),
+        ("ne", ctypes.c_int64 * 4),
+        ("nb", ctypes.c_size_t * 4),
+        ("op", ctypes.c_int32),
+        ("op_params", ctypes.c_int32 * 16),
+        ("flags", ctypes.c_int32),
+        ("src", ctypes.c_void_p * 10),
+        ("view_src", ctypes.c_void_p),
+        ("view_offs", ctypes.c_size_t),
+        ("data", ctypes.c_void_p),
+        ("name", ctypes.c_char * 64),
+        ("extra", ctypes.c_void_p),
+    ]
 
 
 class InitParams(ctypes.Structure):
@@ -56,8 +73,16 @@ def backends(shape: Shape, threads: int) -> Iterator[Backend | Missing]:
             if repack and not repacks(kind, shape):
                 continue
             case = f"int8, {kind}{' repacked' if repack else ''}, all copies in one graph"
-            yield Backend(NAME, lib.version, case, bits, 32, "float32", Rounding(act_group=act, act_scale=FP16),
-                          lambda p, kind=kind, repack=repack: GraphRunner(p, kind, repack, threads))
+            yield Backend(
+                NAME,
+                lib.version,
+                case,
+                bits,
+                32,
+                "float32",
+                Rounding(act_group=act, act_scale=FP16),
+                lambda p, kind=kind, repack=repack: GraphRunner(p, kind, repack, threads),
+            )
 
 
 LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
@@ -68,24 +93,37 @@ class Library:
     """The functions used here, with their types."""
 
     def __init__(self, folder: Path) -> None:
-        parts = [ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
-                 for name in ("libggml-base.so", "libggml-cpu.so", "libggml.so")]
+        parts = [
+            ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
+            for name in ("libggml-base.so", "libggml-cpu.so", "libggml.so")
+        ]
         pointer, size, i64, integer = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, ctypes.c_int
         signatures = {
-            "ggml_version": (ctypes.c_char_p,), "ggml_log_set": (None, LOG, pointer), "ggml_init": (pointer, InitParams), "ggml_free": (None, pointer),
-            "ggml_tensor_overhead": (size,), "ggml_graph_overhead_custom": (size, size, ctypes.c_bool),
-            "ggml_row_size": (size, integer, i64), "ggml_new_tensor_2d": (pointer, pointer, integer, i64, i64),
-            "ggml_set_name": (pointer, pointer, ctypes.c_char_p), "ggml_mul_mat": (pointer, pointer, pointer, pointer),
+            "ggml_version": (ctypes.c_char_p,),
+            "ggml_log_set": (None, LOG, pointer),
+            "ggml_init": (pointer, InitParams),
+            "ggml_free": (None, pointer),
+            "ggml_tensor_overhead": (size,),
+            "ggml_graph_overhead_custom": (size, size, ctypes.c_bool),
+            "ggml_row_size": (size, integer, i64),
+            "ggml_new_tensor_2d": (pointer, pointer, integer, i64, i64),
+            "ggml_set_name": (pointer, pointer, ctypes.c_char_p),
+            "ggml_mul_mat": (pointer, pointer, pointer, pointer),
             "ggml_quantize_chunk": (size, integer, pointer, pointer, i64, i64, i64, pointer),
             "ggml_new_graph_custom": (pointer, pointer, size, ctypes.c_bool),
-            "ggml_build_forward_expand": (None, pointer, pointer), "ggml_backend_cpu_init": (pointer,),
-            "ggml_backend_cpu_set_n_threads": (None, pointer, integer), "ggml_backend_cpu_buffer_type": (pointer,),
+            "ggml_build_forward_expand": (None, pointer, pointer),
+            "ggml_backend_cpu_init": (pointer,),
+            "ggml_backend_cpu_set_n_threads": (None, pointer, integer),
+            "ggml_backend_cpu_buffer_type": (pointer,),
             "ggml_backend_alloc_ctx_tensors_from_buft": (pointer, pointer, pointer),
-            "ggml_backend_buffer_free": (None, pointer), "ggml_backend_free": (None, pointer),
+            "ggml_backend_buffer_free": (None, pointer),
+            "ggml_backend_free": (None, pointer),
             "ggml_backend_tensor_set": (None, pointer, pointer, size, size),
             "ggml_backend_tensor_get": (None, pointer, pointer, size, size),
-            "ggml_backend_graph_compute": (integer, pointer, pointer), "ggml_backend_dev_by_type": (pointer, integer),
-            "ggml_backend_dev_backend_reg": (pointer, pointer), "ggml_backend_buft_name": (ctypes.c_char_p, pointer),
+            "ggml_backend_graph_compute": (integer, pointer, pointer),
+            "ggml_backend_dev_by_type": (pointer, integer),
+            "ggml_backend_dev_backend_reg": (pointer, pointer),
+            "ggml_backend_buft_name": (ctypes.c_char_p, pointer),
             "ggml_backend_reg_get_proc_address": (pointer, pointer, ctypes.c_char_p),
         }
         for name, (result, *arguments) in signatures.items():
@@ -115,7 +153,9 @@ class Library:
         address = self.backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
         if not address:
             return None
-        listed = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(self.backend_dev_by_type(0))
+        listed = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)(
+            self.backend_dev_by_type(0)
+        )
         for i in range(16):
             if not listed or not listed[i]:
                 return None
@@ -126,7 +166,7 @@ class Library:
 
 @cache
 def library() -> Library:
-    """Finds and loads ggml. ImportError that says where it was looked for; OSError or AttributeError when it does not fit."""
+    """Loads ggml. ImportError that says where it was looked for; OSError or AttributeError when it does not fit."""
     if importlib.util.find_spec("gguf") is None:
         raise ImportError("the package gguf is needed to check ggml's results")
     folder = os.environ.get("EFFK_GGML_LIB")
@@ -221,7 +261,7 @@ class GraphRunner(Runner):
 
 
 def quantized(problem: Problem, kind: str) -> tuple[np.ndarray, Oracle]:
-    """The weight in ggml's type, and the oracle of what the bytes mean according to the gguf package. Kept for the problem."""
+    """The weight in ggml's type, and the oracle of what the gguf package says its bytes mean. Kept for the problem."""
     from gguf import GGMLQuantizationType, quants
 
     if kind not in problem.extras:

@@ -27,8 +27,16 @@ def backends(shape: Shape, threads: int) -> Iterator[Backend | Missing]:
         return
     for bits, group in dict.fromkeys([(8, shape.group), (4, shape.group), (4, 32), (2, shape.group), (2, 32)]):
         case = f"int8, g{group}, accuracy 4, all copies in one graph"
-        yield Backend(NAME, onnxruntime.__version__, case, bits, group, "float32", Rounding(act_group=group),
-                      lambda p, bits=bits, group=group: GraphRunner(p, p.quantized(bits, group), threads))
+        yield Backend(
+            NAME,
+            onnxruntime.__version__,
+            case,
+            bits,
+            group,
+            "float32",
+            Rounding(act_group=group),
+            lambda p, bits=bits, group=group: GraphRunner(p, p.quantized(bits, group), threads),
+        )
 
 
 class GraphRunner(Runner):
@@ -59,7 +67,7 @@ class GraphRunner(Runner):
 
 
 def pack_blocks(weight: Quantized) -> np.ndarray:
-    """Codes as the operator wants them: uint8 [n, blocks, group * bits / 8], low bits first, K padded with the zero point."""
+    """The operator's form: uint8 [n, blocks, group * bits / 8], low bits first, K padded with the zero point."""
     codes = torch.nn.functional.pad(weight.codes, (0, -weight.codes.shape[1] % weight.group), value=weight.zero).numpy()
     per_byte = 8 // weight.bits
     parts = codes.reshape(len(codes), -1, weight.group // per_byte, per_byte)
@@ -67,21 +75,38 @@ def pack_blocks(weight: Quantized) -> np.ndarray:
     return np.bitwise_or.reduce(parts << shifts, axis=-1)
 
 
-def session(shape: Shape, weight: Quantized, blocks: np.ndarray, scales: np.ndarray, copies: int, threads: int) -> object:
+def session(
+    shape: Shape, weight: Quantized, blocks: np.ndarray, scales: np.ndarray, copies: int, threads: int
+) -> object:
     """An InferenceSession of `copies` nodes; x [M, K] with M free, y0 ... [M, N]."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
     nodes, constants = [], []
     for i in range(copies):
-        constants += [numpy_helper.from_array(np.roll(blocks, ROLL * i, 0), f"b{i}"),
-                      numpy_helper.from_array(np.roll(scales, ROLL * i, 0).reshape(-1), f"s{i}")]
-        nodes.append(helper.make_node("MatMulNBits", ["x", f"b{i}", f"s{i}"], [f"y{i}"], domain="com.microsoft", N=shape.n,
-                                      K=shape.k, bits=weight.bits, block_size=weight.group, accuracy_level=4))
+        constants += [
+            numpy_helper.from_array(np.roll(blocks, ROLL * i, 0), f"b{i}"),
+            numpy_helper.from_array(np.roll(scales, ROLL * i, 0).reshape(-1), f"s{i}"),
+        ]
+        nodes.append(
+            helper.make_node(
+                "MatMulNBits",
+                ["x", f"b{i}", f"s{i}"],
+                [f"y{i}"],
+                domain="com.microsoft",
+                N=shape.n,
+                K=shape.k,
+                bits=weight.bits,
+                block_size=weight.group,
+                accuracy_level=4,
+            )
+        )
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["M", shape.k])
     ys = [helper.make_tensor_value_info(f"y{i}", TensorProto.FLOAT, ["M", shape.n]) for i in range(copies)]
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(helper.make_graph(nodes, "copies", [x], ys, constants), opset_imports=opsets, ir_version=10)
+    model = helper.make_model(
+        helper.make_graph(nodes, "copies", [x], ys, constants), opset_imports=opsets, ir_version=10
+    )
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1

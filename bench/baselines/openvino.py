@@ -18,7 +18,7 @@ ROLL = 16  # copy i has its rows rolled by 16 i: the plug-in shares equal consta
 
 
 def backends(shape: Shape, threads: int) -> Iterator[Backend | Missing]:
-    """int4 in groups of the shape's and of 32, int8 per row; activations quantised in groups of the weight's, at most 128."""
+    """int4 in the shape's groups and in groups of 32, int8 per row; activations in the same groups, at most 128."""
     try:
         import openvino
     except ImportError as error:
@@ -31,8 +31,16 @@ def backends(shape: Shape, threads: int) -> Iterator[Backend | Missing]:
             continue
         act = group or 128
         case = f"int8, {f'g{group}' if group else 'per row'}, dynamic quantisation group {act}, all copies in one graph"
-        yield Backend(NAME, version, case, bits, group, "float32", Rounding(act_group=act, act_scale=FP16),
-                      lambda p, bits=bits, group=group, act=act: GraphRunner(p, p.quantized(bits, group), act, threads))
+        yield Backend(
+            NAME,
+            version,
+            case,
+            bits,
+            group,
+            "float32",
+            Rounding(act_group=act, act_scale=FP16),
+            lambda p, bits=bits, group=group, act=act: GraphRunner(p, p.quantized(bits, group), act, threads),
+        )
 
 
 class GraphRunner(Runner):
@@ -45,8 +53,12 @@ class GraphRunner(Runner):
         scales = weight.scales.half().numpy()
         self.nbytes = weight.codes.numel() * weight.bits // 8 + scales.nbytes
         self.products = machine.copies(self.nbytes)
-        config = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32",
-                  "DYNAMIC_QUANTIZATION_GROUP_SIZE": act}
+        config = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": act,
+        }
         model = openvino.Core().compile_model(graph(weight, scales, self.products), "CPU", config)
         self._request = model.create_infer_request()
 
@@ -58,11 +70,13 @@ class GraphRunner(Runner):
 
     def outputs(self) -> list[tuple[int, Tensor]]:
         self.call()
-        return [(ROLL * i, torch.from_numpy(self._request.get_output_tensor(i).data.copy())) for i in (0, self.products - 1)]
+        return [
+            (ROLL * i, torch.from_numpy(self._request.get_output_tensor(i).data.copy())) for i in (0, self.products - 1)
+        ]
 
 
 def graph(weight: Quantized, scales: np.ndarray, copies: int) -> object:
-    """A model of `copies` products of x with signed codes times scales, in the pattern that the plug-in keeps compressed."""
+    """A model of `copies` products of x with codes times scales, in the pattern that the plug-in keeps compressed."""
     import openvino
     from openvino import opset13 as ops
 

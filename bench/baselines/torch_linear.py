@@ -19,17 +19,41 @@ def backends(shape: Shape, threads: int) -> Iterator[Backend | Missing]:
     """Dense fp32 and bf16, and int8 with per-row weight scales and per-tensor activations quantised in the call."""
     for dtype, bits, out in ((torch.float32, 32, 0.0), (torch.bfloat16, 16, BF16)):
         name = str(dtype).removeprefix("torch.")
-        yield Backend("torch F.linear", torch.__version__, f"float, {name}", bits, 0, name, Rounding(out=out, weight=out),
-                      lambda p, dtype=dtype: dense(p, dtype))
+        yield Backend(
+            "torch F.linear",
+            torch.__version__,
+            f"float, {name}",
+            bits,
+            0,
+            name,
+            Rounding(out=out, weight=out),
+            lambda p, dtype=dtype: dense(p, dtype),
+        )
     if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        yield Backend("torch mkldnn linear", torch.__version__, "float, weight packed for the batch", 16, 0, "bfloat16",
-                      Rounding(out=BF16, weight=BF16), PackedRunner)
+        yield Backend(
+            "torch mkldnn linear",
+            torch.__version__,
+            "float, weight packed for the batch",
+            16,
+            0,
+            "bfloat16",
+            Rounding(out=BF16, weight=BF16),
+            PackedRunner,
+        )
     else:
         yield Missing("torch mkldnn linear", "oneDNN has no bf16 kernels on this CPU")
     for engine in ("fbgemm", "onednn"):
         if engine in torch.backends.quantized.supported_engines:
-            yield Backend(f"torch dynamic int8 {engine}", torch.__version__, "int8, activations per tensor", 8, 0, "float32",
-                          Rounding(act_group=-1, act_levels=255), lambda p, engine=engine: dynamic(p, engine))
+            yield Backend(
+                f"torch dynamic int8 {engine}",
+                torch.__version__,
+                "int8, activations per tensor",
+                8,
+                0,
+                "float32",
+                Rounding(act_group=-1, act_levels=255),
+                lambda p, engine=engine: dynamic(p, engine),
+            )
         else:
             yield Missing(f"torch dynamic int8 {engine}", "engine not in torch.backends.quantized.supported_engines")
 
@@ -44,13 +68,15 @@ def dense(problem: Problem, dtype: torch.dtype) -> Runner:
 
 
 class PackedRunner(CallRunner):
-    """The linear that torch.compile uses when it may freeze weights: oneDNN, the weight laid out once for a batch size."""
+    """The linear that torch.compile uses when it may freeze weights: oneDNN, the weight laid out for a batch size."""
 
     def __init__(self, problem: Problem) -> None:
         weight = problem.dense()
         self._dense = weight.oracle.weight.bfloat16()
         nbytes = self._dense.numel() * 2
-        super().__init__(problem, weight.oracle, nbytes, [None] * machine.copies(nbytes), linear_pointwise, torch.bfloat16)
+        super().__init__(
+            problem, weight.oracle, nbytes, [None] * machine.copies(nbytes), linear_pointwise, torch.bfloat16
+        )
 
     def bind(self, m: int) -> None:
         super().bind(m)

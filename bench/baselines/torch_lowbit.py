@@ -1,4 +1,4 @@
-"""torch's weight-only linears for the CPU: int4 groups (_weight_int4pack_mm_for_cpu) and int8 rows (_weight_int8pack_mm)."""
+"""torch's weight-only linears: int4 in groups (_weight_int4pack_mm_for_cpu), int8 per row (_weight_int8pack_mm)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,16 @@ def backends(shape: Shape, threads: int) -> Iterator[Backend | Missing]:
     """bf16 activations, the only type with vector code behind these ops; int4 where the group divides K."""
     for group in dict.fromkeys((shape.group, 32)):
         if shape.k % group == 0:
-            yield Backend("torch int4pack", torch.__version__, f"float, g{group}", 4, group, "bfloat16",
-                          Rounding(weight=BF16, out=BF16), lambda p, group=group: int4(p, group))
+            yield Backend(
+                "torch int4pack",
+                torch.__version__,
+                f"float, g{group}",
+                4,
+                group,
+                "bfloat16",
+                Rounding(weight=BF16, out=BF16),
+                lambda p, group=group: int4(p, group),
+            )
         else:
             yield Missing(f"torch int4pack g{group}", f"K = {shape.k} is no multiple of {group}")
     yield Backend("torch int8pack", torch.__version__, "float, per row", 8, 0, "bfloat16", Rounding(out=BF16), int8)

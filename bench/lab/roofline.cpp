@@ -1,11 +1,10 @@
 // Micro-kernels behind bench/machine.py: how fast this machine can read memory and multiply-accumulate.
 //
-// Each kernel is the plainest loop that can reach its limit: independent accumulators (enough to hide the latency of the
-// instruction on current cores), nothing stored, no dependence on data. Threads are pinned one to a core, start together
-// at a barrier, and a run lasts from the first start to the last end. Compiled with baseline flags: every ISA variant
-// is a function with its own target attribute, taken only where the CPU has it, so the library runs on any x86-64
-// (and, with the portable kernels alone, elsewhere). The arithmetic kernels use inline assembly so that no compiler can
-// fold or contract them.
+// Each kernel is the plainest loop that can reach its limit: independent accumulators (enough to hide the latency of
+// the instruction on current cores), nothing stored, no dependence on data. Threads are pinned one to a core, start
+// together at a barrier, and a run lasts from the first start to the last end. Compiled with baseline flags: every ISA
+// variant is a function with its own target attribute, taken only where the CPU has it, so the library runs on any
+// x86-64 (and, with the portable kernels alone, elsewhere). Inline assembly, so that no compiler can fold or contract.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -67,7 +66,7 @@ TARGET("avx512f") uint64_t read_avx512(const char* p, size_t bytes) {
 }
 #endif
 
-// ---- arithmetic: `reps` rounds over independent accumulators; returns operations done (multiply and add count apart) ----
+// ---- arithmetic: `reps` rounds over independent accumulators; returns operations (a multiply-add is two) ----
 
 __attribute__((noinline)) double fma_portable(long reps) {
   float a[32];
@@ -82,8 +81,8 @@ __attribute__((noinline)) double fma_portable(long reps) {
 }
 
 #if defined(__x86_64__)
-// 12 accumulators with AVX2: 16 registers less the operands; two FMA pipes of latency 4 need 8. 20 with AVX-512: bf16 and
-// int8 dot products have latencies up to 6, and a third more than the product is kept for jitter.
+// 12 accumulators with AVX2: 16 registers less the operands; two FMA pipes of latency 4 need 8. 20 with AVX-512: bf16
+// dot products have a latency of 6 and two pipes need 12.
 #define ACC12(X) X(0) X(1) X(2) X(3) X(4) X(5) X(6) X(7) X(8) X(9) X(10) X(11)
 #define ACC20(X) ACC12(X) X(12) X(13) X(14) X(15) X(16) X(17) X(18) X(19)
 
@@ -181,7 +180,8 @@ const Kernel kKernels[] = {
     {"fp32", "scalar", nullptr, fma_portable, +[] { return true; }},
     X86({"read", "avx2", read_avx2, nullptr, HAS("avx2")},
         {"read", "avx512", read_avx512, nullptr, HAS("avx512f")},
-        {"fp32", "avx2", nullptr, fma_avx2, +[] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+        {"fp32", "avx2", nullptr, fma_avx2,
+         +[] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
         {"fp32", "avx512", nullptr, fma_avx512, HAS("avx512f")},
         {"int8", "avx2", nullptr, int8_avx2, HAS("avx2")},
         {"int8", "avx512", nullptr, int8_avx512, HAS("avx512bw")},
@@ -208,9 +208,9 @@ const char* roofline_what(int i) { return kKernels[i].what; }
 const char* roofline_isa(int i) { return kKernels[i].isa; }
 int roofline_supported(int i) { return kKernels[i].supported(); }
 
-// Runs kernel i on `threads` threads, thread t on cpus[t]. A read kernel reads buf + t * stride, `bytes` long (a multiple
-// of 512), `reps` times; an arithmetic kernel does `reps` rounds. Returns seconds; *units = bytes read or operations done,
-// all threads together.
+// Runs kernel i on `threads` threads, thread t on cpus[t]. A read kernel reads buf + t * stride, `bytes` long (a
+// multiple of 512), `reps` times; an arithmetic kernel does `reps` rounds. Returns seconds; *units = bytes read or
+// operations done, all threads together.
 double roofline_run(int i, int threads, const int* cpus, const char* buf, size_t stride, size_t bytes, long reps,
                     double* units) {
   using clock = std::chrono::steady_clock;
@@ -238,7 +238,8 @@ double roofline_run(int i, int threads, const int* cpus, const char* buf, size_t
   for (auto& t : pool) t.join();
   *units = 0;
   for (double d : done) *units += d;
-  return std::chrono::duration<double>(*std::max_element(t1.begin(), t1.end()) - *std::min_element(t0.begin(), t0.end())).count();
+  const auto first = *std::min_element(t0.begin(), t0.end()), last = *std::max_element(t1.begin(), t1.end());
+  return std::chrono::duration<double>(last - first).count();
 }
 
 }  // extern "C"

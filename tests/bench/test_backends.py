@@ -1,4 +1,4 @@
-"""Every backend that exists here, ours and competitors, gives the oracle's results on a small odd shape, cold and warm."""
+"""Every backend that exists here, ours and competitors, gives the oracle's results on a small shape, cold and warm."""
 
 from __future__ import annotations
 

@@ -14,12 +14,39 @@ from bench.report import Row, write_jsonl
 SHAPES = ((4096, 4096), (576, 1536))
 
 
-def linear(backend: str, us: float, *, m: int = 1, bits: int = 4, shape: tuple[int, int] = SHAPES[0], case: str = "int8, cold",
-           isa: str = "avx512vnni", roofline: float = 0.9, outliers: float = 0.0, threads: int = 1, match: float = 0.5) -> Row:
+def linear(
+    backend: str,
+    us: float,
+    *,
+    m: int = 1,
+    bits: int = 4,
+    shape: tuple[int, int] = SHAPES[0],
+    case: str = "int8, cold",
+    isa: str = "avx512vnni",
+    roofline: float = 0.9,
+    outliers: float = 0.0,
+    threads: int = 1,
+    match: float = 0.5,
+) -> Row:
     n, k = shape
     keys = {"M": m, "N": n, "K": k, "bits": bits, "group": 128, "outliers": outliers}
-    return Row("wq_linear", case, keys, "float32", isa, threads, backend, "1", us, 0.0, 1.0, 2e-3 * m * n * k / us, roofline,
-               None, match)
+    return Row(
+        "wq_linear",
+        case,
+        keys,
+        "float32",
+        isa,
+        threads,
+        backend,
+        "1",
+        us,
+        0.0,
+        1.0,
+        2e-3 * m * n * k / us,
+        roofline,
+        None,
+        match,
+    )
 
 
 def verdicts(rows: list[Row], threads: int = 1) -> dict[str, Verdict]:
@@ -66,7 +93,10 @@ def test_the_headline_tier_is_judged_and_avx2_is_reported() -> None:
 
 
 def test_float_form_against_torch_int4() -> None:
-    rows = [linear("effk", 100.0, m=32, case="float, cold"), linear("torch int4pack", 199.0, m=32, case="float, g128, cold")]
+    rows = [
+        linear("effk", 100.0, m=32, case="float, cold"),
+        linear("torch int4pack", 199.0, m=32, case="float, g128, cold"),
+    ]
     assert find(rows, "M=32 float 4-bit").outcome == "fail"
     rows[1].us = 200.0
     assert find(rows, "M=32 float 4-bit").outcome == "pass"
@@ -74,7 +104,9 @@ def test_float_form_against_torch_int4() -> None:
 
 def test_share_of_the_measured_peak() -> None:
     row = linear("effk", 1000.0, m=32)
-    peak = Row("machine", "int8 peak", {}, "", "avx512vnni", 1, "cpu", "", None, None, None, row.gflops / 0.7, None, None, None)
+    peak = Row(
+        "machine", "int8 peak", {}, "", "avx512vnni", 1, "cpu", "", None, None, None, row.gflops / 0.7, None, None, None
+    )
     assert find([row, peak], "share of the int8 peak").outcome == "pass"
     peak.gflops *= 1.01
     assert find([row, peak], "share of the int8 peak").outcome == "fail"
@@ -102,8 +134,23 @@ def test_fewer_bits_are_faster() -> None:
 
 def test_whole_model() -> None:
     def row(kind: str, vs_best: float) -> Row:
-        return Row("runtime", f"{kind}, llm-mq 3.0 bits, int8", {"model": "m"}, "bfloat16", "avx2", 1, "effk", "1", 1.0, 0.0,
-                   None, None, None, vs_best, 0.1)
+        return Row(
+            "runtime",
+            f"{kind}, llm-mq 3.0 bits, int8",
+            {"model": "m"},
+            "bfloat16",
+            "avx2",
+            1,
+            "effk",
+            "1",
+            1.0,
+            0.0,
+            None,
+            None,
+            None,
+            vs_best,
+            0.1,
+        )
 
     rows = [row("decode", 1.6), row("prefill", 0.9)]
     assert find(rows, "decode").outcome == "pass"

@@ -11,12 +11,35 @@ import pytest
 from bench.report import SCHEMA, Row, geomean, read_jsonl, set_vs_best, write_jsonl
 
 # Written out, not imported: other tools read these files by these names.
-KEYS = ["op", "case", "shape", "dtype", "isa", "threads", "backend", "version", "us", "us_iqr", "gbps", "gflops", "roofline",
-        "vs_best", "match"]
+KEYS = [
+    "op",
+    "case",
+    "shape",
+    "dtype",
+    "isa",
+    "threads",
+    "backend",
+    "version",
+    "us",
+    "us_iqr",
+    "gbps",
+    "gflops",
+    "roofline",
+    "vs_best",
+    "match",
+]
 
 
-def row(backend: str = "effk", us: float = 10.0, match: float | None = 0.5, case: str = "int8, cold", bits: int = 4,
-        m: int = 1, group: int = 128, threads: int = 1) -> Row:
+def row(
+    backend: str = "effk",
+    us: float = 10.0,
+    match: float | None = 0.5,
+    case: str = "int8, cold",
+    bits: int = 4,
+    m: int = 1,
+    group: int = 128,
+    threads: int = 1,
+) -> Row:
     """A row of a 64x64 weight."""
     shape = {"M": m, "N": 64, "K": 64, "bits": bits, "group": group, "outliers": 0.0}
     return Row("wq_linear", case, shape, "float32", "avx2", threads, backend, "1", us, 0.1, 1.0, 2.0, 0.5, None, match)

@@ -12,11 +12,13 @@ from bench.timing import Contender, ForeignCpu, Turn, quiet, summary, take_turns
 
 def test_contenders_alternate_and_are_activated_before_each_turn() -> None:
     log: list[str] = []
-    contenders = {name: Contender(lambda name=name: log.append(name), 1, lambda name=name: log.append(name.upper()))
-                  for name in "abc"}
+    contenders = {
+        name: Contender(lambda name=name: log.append(name), 1, lambda name=name: log.append(name.upper()))
+        for name in "abc"
+    }
     samples = take_turns(contenders, turns=3, seconds=0.0)
     order = [entry for entry in log if entry.isupper()]
-    assert order == list("ABC" "BCA" "CAB")
+    assert order == list("ABCBCACAB")
     assert all(len(turns) == 3 for turns in samples.values())
     assert all(len(turn.samples) == 1 for turns in samples.values() for turn in turns)  # without the warm-up call
     assert all(log.count(name) == 6 for name in "abc")
