@@ -9,7 +9,7 @@ from . import bars
 from .report import COLD, Row, best_competitor, figure, geomean, read_jsonl, set_vs_best
 
 LEGEND = (
-    "Cold: weights rotate over at least four times the last-level cache. Medians. Ours: one call of the op per product; "
+    "Cold: weights rotate over at least four times the last-level cache. Medians. Ours: one call per product; "
     "competitors whose settings say so run all copies in one graph. % roof: least possible time (bytes over the DRAM "
     "bandwidth read between the rows, or operations over the measured peak) over the time. x best: time of the fastest "
     "competitor of the same bits over ours."
