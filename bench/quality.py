@@ -8,12 +8,14 @@ interrupted run continues where it stopped (`--rows` picks some). Perplexity is 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import platform
 import random
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Optional
@@ -25,12 +27,16 @@ from rich.table import Table
 from torch import nn
 
 from effk.compress import Plan, compress, make_plan
+from effk.compress.calibrate import stream_blocks
 from effk.compress.evaluate import DEFINITION, perplexity, token_windows
 from effk.compress.layers import Layer, find_layers
-from effk.compress.passes.llm_mq import LlmMq, reallocate
+from effk.compress.passes.llm_mq import LlmMq, choices_of, reallocate
 from effk.compress.passes.rtn import Rtn
+from effk.compress.plan import outlier_count
 from effk.compress.recipe import Recipe, matches
+from effk.compress.solvers.lowbit import Inputs, Steps, compress_weight
 from effk.data import SHA256, calibration_text, evaluation_text
+from effk.formats.wq import WqWeight
 from effk.hub.models import smollm2
 from effk.nn import WqLinear
 
@@ -39,7 +45,7 @@ BUDGETS = tuple(round(2.0 + 0.2 * i, 1) for i in range(11))
 SEEDS = range(5)
 CALIBRATION = {"sequences": 16, "length": 512, "batch": 8}
 CONTEXT, WINDOWS = 1024, 8
-RANDOM_BUDGET = 3.0
+RANDOM_BUDGETS = (3.0, 2.6)
 
 Row = dict[str, float | str]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -51,6 +57,7 @@ class Study:
 
     def __init__(self, plan_file: Path, kernels: bool) -> None:
         self.plan_file, self.kernels = plan_file, kernels
+        self.cache_file = Path(tempfile.gettempdir()) / "effk_quality_choices.pt"
         model, self.tokenizer = smollm2()
         self.state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         self.model_class, self.config = type(model), model.config
@@ -64,9 +71,9 @@ class Study:
         model.load_state_dict(self.state)
         return model.eval()
 
-    def layers(self) -> list[Layer]:
+    def layers(self, model: nn.Module | None = None) -> list[Layer]:
         """What the recipes compress."""
-        return [layer for layer in find_layers(self.model())[0] if not matches(layer.name, LlmMq().ignore)]
+        return [layer for layer in find_layers(model or self.model())[0] if not matches(layer.name, LlmMq().ignore)]
 
     def scored(self) -> Plan:
         """The plan with the scores, from the file or made now."""
@@ -76,6 +83,42 @@ class Study:
             notes = {**plan.notes, "seconds": time.perf_counter() - start}
             dataclasses.replace(plan, notes=notes).save(self.plan_file)
         return Plan.load(self.plan_file)
+
+    def weights_of_choices(self) -> dict[str, dict[int, WqWeight]]:
+        """Every layer at every bit-width, rounded on the uncompressed model's inputs; from the cache file or made now.
+
+        With these a row is only an assembly and an evaluation: the rows "static-*" compare allocations and budgets with
+        one set of weights, where the full method fits each layer to the compressed ones before it.
+        """
+        if self.cache_file.exists():
+            return torch.load(self.cache_file, weights_only=False)  # written below, by this program
+        recipe, found, model = LlmMq(scaling=False), {}, self.model()
+        layers = self.layers(model)
+        for block in stream_blocks(model, layers, self.calib):
+            members = [layer for layer in layers if layer.block == block.name]
+            stats = block.statistics(members, frozenset({"hessian"}))
+            inputs = {id(stats[layer.name]): Inputs(stats[layer.name].hessian, recipe.damping) for layer in members}
+            for layer in members:
+                own = inputs[id(stats[layer.name])]
+                found[layer.name] = {}
+                for choice in choices_of(recipe):
+                    count = outlier_count(layer.n, layer.k, choice.outliers)
+                    steps = Steps(bits=choice.bits, group_size=recipe.group_size, outliers=count)
+                    found[layer.name][choice.bits] = compress_weight(layer.weight(), steps, own, own.diagonal)
+        torch.save(found, self.cache_file)
+        return found
+
+    def measure_static(self, bits: dict[str, int]) -> Row:
+        """Assemble a model from :meth:`weights_of_choices` and measure it."""
+        weights, model, row = self.weights_of_choices(), self.model(), {}
+        picked = {name: weights[name][b] for name, b in bits.items()}
+        total = sum(w.n * w.k for w in picked.values())
+        row["nominal_bits"] = sum(w.bits * w.n * w.k for w in picked.values()) / total
+        row["true_bits"] = 8 * sum(w.nbytes() for w in picked.values()) / total
+        for name, weight in picked.items():
+            model.get_submodule(name).weight.data = weight.dequantize()
+        row["perplexity"] = perplexity(model, self.tokenizer, evaluation_text(), CONTEXT, WINDOWS)
+        return row
 
     def measure(self, recipe: Recipe | None, plan: Plan | None = None) -> Row:
         """Compress a fresh copy and measure it; without a recipe, the model as it is."""
@@ -104,17 +147,6 @@ def dequantize_in_place(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), leaf, dense)
 
 
-def with_bits(plan: Plan, recipe: LlmMq, bits: dict[str, int]) -> Plan:
-    """`plan` with other bits per layer, and the outliers that the recipe gives them."""
-    layers = {
-        name: dataclasses.replace(
-            entry, bits=bits[name], outliers=recipe.outliers if bits[name] in recipe.outlier_bits else 0.0
-        )
-        for name, entry in plan.layers.items()
-    }
-    return dataclasses.replace(plan, layers=layers)
-
-
 def random_bits(layers: list[Layer], choices: tuple[int, ...], average: float, seed: int) -> dict[str, int]:
     """Bits drawn at random per layer, then raised or lowered at random until the budget is met as closely as it can be."""
     draw = random.Random(seed)
@@ -141,21 +173,23 @@ def row_makers(study: Study) -> dict[str, object]:
     def llm_mq(recipe: LlmMq) -> Row:
         return study.measure(recipe, reallocate(study.scored(), recipe, study.layers()))
 
-    def same_quantiser(bits: dict[str, int]) -> Row:
-        recipe = LlmMq(bits=RANDOM_BUDGET)
-        return study.measure(recipe, with_bits(study.scored(), recipe, bits))
+    def allocated(budget: float) -> dict[str, int]:
+        plan = reallocate(study.scored(), LlmMq(bits=budget), study.layers())
+        return {name: entry.bits for name, entry in plan.layers.items()}
 
     makers = {"fp32": lambda: study.measure(None)}
-    for bits in (4, 3):
+    for bits in (4, 3, 2):
         makers[f"rtn{bits}"] = lambda bits=bits: study.measure(Rtn(bits=bits, group_size=64, mode="asym"))
-        makers[f"rtn{bits}-mse"] = lambda bits=bits: study.measure(Rtn(bits=bits, group_size=64))
     for budget in BUDGETS:
         makers[f"llm-mq-{budget}"] = lambda budget=budget: llm_mq(LlmMq(bits=budget))
-    makers["uniform-3"] = lambda: same_quantiser({layer.name: 3 for layer in study.layers()})
-    for seed in SEEDS:
-        makers[f"random-{RANDOM_BUDGET}-{seed}"] = lambda seed=seed: same_quantiser(
-            random_bits(study.layers(), LlmMq().choices, RANDOM_BUDGET, seed)
-        )
+    for budget in BUDGETS:
+        makers[f"static-{budget}"] = lambda budget=budget: study.measure_static(allocated(budget))
+    makers["static-uniform-3"] = lambda: study.measure_static({layer.name: 3 for layer in study.layers()})
+    for budget in RANDOM_BUDGETS:
+        for seed in SEEDS:
+            makers[f"static-random-{budget}-{seed}"] = lambda budget=budget, seed=seed: study.measure_static(
+                random_bits(study.layers(), LlmMq().choices, budget, seed)
+            )
     for name, changes in ABLATIONS.items():
         makers[f"llm-mq-3.0-{name}"] = lambda changes=changes: llm_mq(LlmMq(bits=3.0, **changes))
     return makers
@@ -174,10 +208,12 @@ ABLATIONS = {
 def bars(rows: dict[str, Row]) -> list[tuple[str, str, bool]]:
     """(bar, measured, met) for every bar whose rows exist."""
     found = []
-    sweep = [(b, rows[f"llm-mq-{b}"]["perplexity"]) for b in BUDGETS if f"llm-mq-{b}" in rows]
-    if len(sweep) > 1:
-        worst = max(later / earlier - 1 for (_, earlier), (_, later) in zip(sweep, sweep[1:], strict=False))
-        found.append((f"perplexity never rises with the budget ({len(sweep)} points, within 1 %)", f"{worst:+.2%}", worst <= 0.01))
+    for kind in ("llm-mq", "static"):
+        sweep = [rows[f"{kind}-{b}"]["perplexity"] for b in BUDGETS if f"{kind}-{b}" in rows]
+        if len(sweep) > 1:
+            worst = max(later / earlier - 1 for earlier, later in itertools.pairwise(sweep))
+            bar = f"{kind}: perplexity never rises with the budget ({len(sweep)} points, within 1 %)"
+            found.append((bar, f"{worst:+.2%}", worst <= 0.01))
     for budget, share in ((3, 0.40), (4, 0.50)):
         ours, rtn = f"llm-mq-{budget}.0", f"rtn{budget}"
         if ours in rows and rtn in rows:
@@ -185,10 +221,12 @@ def bars(rows: dict[str, Row]) -> list[tuple[str, str, bool]]:
             found.append((f"rise at {budget}.0 bits over that of {budget}-bit RTN <= {share:.0%}", f"{ratio:.1%}", ratio <= share))
             more = rows[ours]["true_bits"] / rows[rtn]["true_bits"] - 1
             found.append((f"true bits at {budget}.0 over {budget}-bit RTN <= +10 %", f"{more:+.1%}", more <= 0.10))
-    seeds = [rows[name]["perplexity"] for s in SEEDS if (name := f"random-{RANDOM_BUDGET}-{s}") in rows]
-    if len(seeds) == len(SEEDS) and f"llm-mq-{RANDOM_BUDGET}" in rows:
-        ours, median = rows[f"llm-mq-{RANDOM_BUDGET}"]["perplexity"], statistics.median(seeds)
-        found.append(("beats a random allocation of the same size (median of 5)", f"{ours:.2f} against {median:.2f}", ours < median))
+    for budget in RANDOM_BUDGETS:
+        seeds = [rows[n]["perplexity"] for s in SEEDS if (n := f"static-random-{budget}-{s}") in rows]
+        if len(seeds) == len(SEEDS) and f"static-{budget}" in rows:
+            ours, median = rows[f"static-{budget}"]["perplexity"], statistics.median(seeds)
+            bar = f"allocation at {budget} beats random ones of the same size (median of {len(SEEDS)})"
+            found.append((bar, f"{ours:.2f} against {median:.2f}", ours < median))
     return found
 
 
