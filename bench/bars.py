@@ -6,6 +6,7 @@ be open, never passed.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ def against(rows: Rows, row: Row, name: str) -> float | None:
 def share_of_peak(rows: Rows, row: Row) -> float | None:
     """Our operation rate over the measured int8 peak of our tier."""
     peaks = [r.gflops for r in rows.all if r.op == "machine" and r.case == "int8 peak" and r.isa == row.isa]
-    return row.gflops / peaks[0] if peaks else None
+    return row.gflops / statistics.median(peaks) if peaks else None
 
 
 def without(dense: dict[tuple, Row], row: Row) -> float | None:

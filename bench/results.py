@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -66,9 +67,12 @@ def conditions(rows: Sequence[Row]) -> Iterator[str]:
     """Measured limits of the machine."""
     limits = [r for r in rows if r.op == "machine"]
     if limits:
-        rate = {r.case + r.isa: f"{figure(r.gbps or r.gflops, 4)} {'GB/s' if r.gbps else 'GFLOP/s'}" for r in limits}
-        parts = [f"{r.case} {f'({r.isa}) ' if r.isa else ''}{rate[r.case + r.isa]}" for r in limits]
-        yield f"{limits[0].backend}: " + ", ".join(parts) + "."
+        seen: dict[str, list[float]] = {}  # runs of single shapes measured the machine once each
+        for r in limits:
+            name = f"{r.case} ({r.isa})" if r.isa else r.case
+            seen.setdefault(f"{name}, {'GB/s' if r.gbps else 'GFLOP/s'}:", []).append(r.gbps or r.gflops)
+        parts = [f"{name} {figure(statistics.median(values), 4)}" for name, values in seen.items()]
+        yield f"{limits[0].backend}: " + "; ".join(parts) + "."
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[str]:
