@@ -98,6 +98,39 @@ def test_range_ratio_of_odd_sizes_and_zeros() -> None:
     assert range_ratio(torch.zeros(3, 64), 64) == 1.0
 
 
+def test_edited_plans() -> None:
+    """A format may be edited to its twin; what a method cannot do is refused before any work."""
+    batches, name = token_batches(), "model.layers.1.mlp.up_proj"
+    for recipe in (Rtn(bits=4), FineQuant(bits=4), LlmMq(bits=3.0, scaling=False)):
+        plan = make_plan(small_model("llama"), recipe, batches)
+        report = compress(small_model("llama"), recipe, batches, plan=plan.edit(name, format="asym", bits=3))
+        assert (report.layers[name].bits, report.plan.layers[name].format) == (3, "asym")
+        for change, message in (
+            ({"format": "nf4", "bits": 4}, "format: expected 'sym' or 'asym'"),
+            ({"options": {}}, "options: expected a 'mode'"),
+            ({"scale_bytes": 4}, "scale_bytes: expected 2"),
+        ):
+            model = small_model("llama")
+            before = copy.deepcopy(model.state_dict())
+            with pytest.raises(ValueError, match=message):
+                compress(model, recipe, batches, plan=plan.edit(name, **change))
+            assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    plan = make_plan(small_model("llama"), Rtn(bits=4))
+    with pytest.raises(ValueError, match="outliers: expected none for rtn"):
+        compress(small_model("llama"), Rtn(bits=4), plan=plan.edit(name, outliers=0.01))
+
+
+def test_layers_outside_the_blocks_are_refused_or_skipped() -> None:
+    recipe, batches = LlmMq(bits=3.0, ignore=()), token_batches()
+    report = compress(small_model("mistral"), recipe, batches)
+    assert "outside the transformer blocks" in report.skipped["lm_head"]
+    plan = report.plan
+    entry = next(iter(plan.layers.values()))
+    moved = Plan(plan.recipe, {**plan.layers, "lm_head": entry}, {}, plan.notes)
+    with pytest.raises(ValueError, match=r"inside transformer blocks.*lm_head"):
+        compress(small_model("mistral"), recipe, batches, plan=moved)
+
+
 # LLM-MQ
 
 

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from ...formats.wq import GROUP_SIZES, WqWeight
+from ..affine import check_affine, format_of, mode_of
 from ..calibrate import LayerStats
 from ..layers import Layer
 from ..plan import LayerPlan, Plan
 from ..recipe import Recipe, expect_bits
 from ..registry import Context, Handler, register
-from ..solvers.rtn import ASYMMETRIC, MODES, decode, round_to_nearest
+from ..solvers.rtn import MODES, decode, round_to_nearest
 
 RULES = ("threshold", "excess")
 _QUADRATURE = 512  # points per dimension of the Gaussian ratio; doubling them changes it by less than 1e-3
@@ -120,6 +121,11 @@ def _supported(size: int) -> int:
 
 @register(FineQuant)
 class FineQuantHandler(Handler):
+    def prepare(self, context: Context, plan: Plan | None) -> None:
+        check_affine(plan, context.recipe.name)
+        if plan is not None and any(entry.outliers for entry in plan.layers.values()):
+            raise ValueError(f"plan: outliers: expected none for {context.recipe.name}, got some")
+
     def plan(self, context: Context) -> Plan:
         layers = {}
         for index, layer in enumerate(context.layers):
@@ -128,7 +134,7 @@ class FineQuantHandler(Handler):
             layers[layer.name] = LayerPlan(
                 bits=recipe.bits,
                 group_size=group_size,
-                format="asym" if recipe.mode in ASYMMETRIC else "sym",
+                format=format_of(recipe.mode),
                 compute=recipe.compute,
                 options={"mode": recipe.mode, "range_ratios": {str(g): round(r, 4) for g, r in ratios.items()}},
             )
@@ -138,5 +144,5 @@ class FineQuantHandler(Handler):
     def quantize(
         self, context: Context, layer: Layer, weight: Tensor, entry: LayerPlan, stats: LayerStats | None
     ) -> WqWeight:
-        codes, grid = round_to_nearest(weight, entry.bits, entry.group_size, entry.options["mode"])
+        codes, grid = round_to_nearest(weight, entry.bits, entry.group_size, mode_of(entry))
         return WqWeight.from_codes(codes, grid.scales, bits=entry.bits, group_size=entry.group_size, zeros=grid.zeros)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...formats.wq import WqWeight, normalize_group_size
+from ..affine import check_affine, format_of, mode_of
 from ..calibrate import LayerStats, stream_blocks
 from ..folding import find_folds, fold_block
 from ..layers import Layer
@@ -29,7 +30,7 @@ from ..solvers.awq import channel_scale, search_scaling
 from ..solvers.knapsack import allocate
 from ..solvers.lowbit import Inputs, Steps, compress_weight
 from ..solvers.outliers import CRITERIA, select_outliers
-from ..solvers.rtn import ASYMMETRIC, MODES
+from ..solvers.rtn import MODES
 
 BUDGETS = ("nominal", "true")
 _SCALED = "effk_channel_scaling"  # attribute of a scaled model: fold name -> exponent
@@ -205,7 +206,7 @@ def _entries(layer: Layer, recipe: LlmMq, scores: Sequence[float]) -> list[Layer
         LayerPlan(
             bits=choice.bits,
             group_size=normalize_group_size(recipe.group_size),
-            format="asym" if recipe.mode in ASYMMETRIC else "sym",
+            format=format_of(recipe.mode),
             outliers=choice.outliers,
             compute=recipe.compute,
             score=value,
@@ -225,6 +226,9 @@ class LlmMqHandler(Handler):
 
     def prepare(self, context: Context, plan: Plan | None) -> None:
         inside = [layer for layer in context.layers if layer.block is not None]
+        check_affine(plan, context.recipe.name)
+        if outside := [layer.name for layer in context.layers if layer.block is None and plan and layer.name in plan.layers]:
+            raise ValueError(f"plan: expected layers inside transformer blocks, where inputs are collected, got {outside}")
         if plan is None:  # refuses a budget that nothing can meet before the model is touched
             plan_from_scores(context, {a.name: [0.0] * len(choices_of(context.recipe.for_layer(a.name))) for a in inside})
         if context.recipe.scaling:
@@ -262,7 +266,7 @@ class LlmMqHandler(Handler):
             context.shared |= {"stats": stats, "inputs": Inputs(stats.hessian, recipe.damping, stats.drift)}
         inputs: Inputs = context.shared["inputs"]
         weight = inputs.follow_drift(weight, recipe.drift)
-        steps = _steps(layer, recipe, entry.bits, entry.group_size, entry.outliers, entry.options["mode"], recipe.sweeps)
+        steps = _steps(layer, recipe, entry.bits, entry.group_size, entry.outliers, mode_of(entry), recipe.sweeps)
         return compress_weight(weight, steps, inputs, _saliency(context, layer, recipe, inputs))
 
 

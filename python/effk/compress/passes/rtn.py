@@ -8,12 +8,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from ...formats.wq import WqWeight, normalize_group_size
+from ..affine import check_affine, format_of, mode_of
 from ..calibrate import LayerStats
 from ..layers import Layer
 from ..plan import LayerPlan, Plan
 from ..recipe import Recipe, expect_bits, expect_group_size
 from ..registry import Context, Handler, register
-from ..solvers.rtn import ASYMMETRIC, MODES, round_to_nearest
+from ..solvers.rtn import MODES, round_to_nearest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,11 @@ class RtnHandler(Handler):
     def statistics(self, recipe: Rtn) -> frozenset[str]:
         return frozenset({"mean_sq"}) if recipe.weighted else frozenset()
 
+    def prepare(self, context: Context, plan: Plan | None) -> None:
+        check_affine(plan, context.recipe.name)
+        if plan is not None and any(entry.outliers for entry in plan.layers.values()):
+            raise ValueError(f"plan: outliers: expected none for {context.recipe.name}, got some")
+
     def plan(self, context: Context) -> Plan:
         layers = {}
         for layer in context.layers:
@@ -56,7 +62,7 @@ class RtnHandler(Handler):
             layers[layer.name] = LayerPlan(
                 bits=recipe.bits,
                 group_size=normalize_group_size(recipe.group_size),
-                format="asym" if recipe.mode in ASYMMETRIC else "sym",
+                format=format_of(recipe.mode),
                 compute=recipe.compute,
                 options={"mode": recipe.mode},
             )
@@ -65,7 +71,7 @@ class RtnHandler(Handler):
     def quantize(
         self, context: Context, layer: Layer, weight: Tensor, entry: LayerPlan, stats: LayerStats | None
     ) -> WqWeight:
-        mode = entry.options["mode"]
+        mode = mode_of(entry)
         importance = None if stats is None else stats.mean_sq
         codes, grid = round_to_nearest(weight, entry.bits, entry.group_size, mode, importance=importance)
         return WqWeight.from_codes(codes, grid.scales, bits=entry.bits, group_size=entry.group_size, zeros=grid.zeros)
