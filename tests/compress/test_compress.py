@@ -72,6 +72,22 @@ def test_shared_embedding_is_counted_once_and_named() -> None:
     assert plain.model_bytes_after - report.model_bytes_after == rows * width * 4 - rows * (width + 2 * 2)
 
 
+@pytest.mark.parametrize("ignore", [("lm_head",), ()])
+def test_a_head_of_its_own_has_eight_bits_too(ignore: tuple[str, ...]) -> None:
+    """Unless the recipe compresses it like any other layer."""
+    model = small_model("qwen2")
+    report = effk.compress(model, Nearest(bits=4, embedding_bits=8, ignore=ignore))
+    assert type(model.lm_head) is WqLinear and model.lm_head.bits == (8 if ignore else 4)
+    assert set(report.embedding) == {"model.embed_tokens"} | ({"lm_head"} if ignore else set())
+    assert report.nominal_bits == 4 and "lm_head" not in report.skipped
+    for name, entry in report.embedding.items():
+        assert (entry.bits, entry.weights, entry.bytes_before) == (
+            8,
+            97 * 72,
+            4 * 97 * 72,
+        ) and 0 < entry.error < 0.01, name
+
+
 def test_the_function_of_eight_bits_is_nearly_the_model() -> None:
     for name in MODELS:
         model = small_model(name)
@@ -143,6 +159,9 @@ def test_refusals_come_before_any_work() -> None:
     refused(r"expected ids in \[0, 97\)", llama, Nearest(), calib=[torch.full((1, 4), 200)])
     refused("recipe: expected one of .*, got dict", llama, {"bits": 4}, TypeError)
     refused("embedding_bits: expected None for this model", nn.Sequential(nn.Linear(32, 4)), Nearest(embedding_bits=8))
+    damaged = small_model("llama")
+    damaged.model.embed_tokens.weight.data[3, 4] = float("nan")
+    refused("embedding_bits: .* holds NaN or Inf", damaged, Nearest(embedding_bits=8))
     damaged = small_model("llama")
     damaged.model.layers[2].mlp.up_proj.weight.data[3, 4] = float("inf")
     refused("model.layers.2.mlp.up_proj.weight: expected finite values", damaged, Nearest())

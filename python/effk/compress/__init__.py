@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..hub.record import PROVENANCE
 from .apply import apply_plan, model_bytes
 from .calibrate import check_calib
-from .embedding import find_embedding, install_embedding, quantize_rows
+from .embedding import compress_embedding, find_embedding
 from .fuse import fuse_shared_inputs
 from .layers import Layer, find_layers
 from .plan import LayerPlan, Plan
@@ -83,16 +83,16 @@ def compress(
 
     start = time.perf_counter()
     layers = apply_plan(context, handler, bound)
-    if pair is not None:
-        embedding = model.get_submodule(pair.embedding)
-        install_embedding(model, pair, quantize_rows(embedding.weight), recipe.compute, embedding.weight.dtype)
-        kept.pop(pair.head, None)
+    embedding = {} if pair is None else compress_embedding(model, pair, recipe.compute)
+    for name in () if pair is None else (pair.tied_head, pair.own_head):
+        kept.pop(name, None)
     fused = fuse_shared_inputs(model) if recipe.fuse else {}
     _mark(model, recipe)
     seconds["apply"] = time.perf_counter() - start
     return Report(
         plan=bound,
         layers=layers,
+        embedding=embedding,
         skipped={**kept, **bound.skipped, **context.skipped},
         model_bytes_before=before,
         model_bytes_after=model_bytes(model),

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..formats.wq import WqWeight, weight_bytes
 from ..nn import WqLinear
 from .calibrate import LayerStats, stream_blocks
-from .embedding import replace
-from .layers import Layer
+from .layers import Layer, replace_module
 from .plan import LayerPlan, Plan, outlier_count
 from .registry import Context, Handler
 from .report import LayerReport
@@ -63,23 +62,49 @@ def _compress_layer(
     dense = layer.weight()
     weight = handler.quantize(context, layer, dense, entry, stats)
     _check_against_plan(layer, entry, weight)
-    module = WqLinear.from_weight(weight, layer.module.bias, entry.compute)
-    restored = weight.dequantize()
+    return install_layer(context.model, layer, weight, entry.compute, start, None if stats is None else stats.hessian)
+
+
+def install_layer(
+    model: nn.Module,
+    layer: Layer,
+    weight: WqWeight,
+    compute: str,
+    start: float | None = None,
+    hessian: Tensor | None = None,
+) -> LayerReport:
+    """Put ``weight`` in the place of ``layer`` after comparing the kernel with it, and report.
+
+    ``start`` is when the work on the layer began (``time.perf_counter``), ``hessian`` ``sum x^T x`` of its inputs.
+
+    Raises:
+        RuntimeError: the kernel and the stored weight disagree.
+    """
+    start = time.perf_counter() if start is None else start
+    dense, restored = layer.weight(), weight.dequantize()
+    module = WqLinear.from_weight(weight, layer.module.bias, compute)
     _self_check(layer.name, module, restored)
-    replace(context.model, layer.name, module)
+    replace_module(model, layer.name, module)
     layer.module = None  # the last reference to the dense weight but for ``dense``
+    return report_on(weight, dense, restored, compute, layer.nbytes, time.perf_counter() - start, hessian)
+
+
+def report_on(
+    weight: WqWeight, dense: Tensor, restored: Tensor, compute: str, before: int, seconds: float, hessian: Tensor | None
+) -> LayerReport:
+    """The account of one weight; ``before`` is its size in bytes before."""
     return LayerReport(
         bits=weight.bits,
         true_bits=weight.bits_per_weight(),
         group_size=weight.group_size,
         outliers=0 if weight.out_val is None else weight.out_val.numel(),
-        compute=entry.compute,
+        compute=compute,
         weights=dense.numel(),
-        bytes_before=entry.bytes_before,
+        bytes_before=before,
         bytes_after=weight.nbytes(),
         error=_ratio((dense - restored).square().sum(), dense.square().sum()),
-        output_error=None if stats is None or stats.hessian is None else _output_error(dense, restored, stats.hessian),
-        seconds=time.perf_counter() - start,
+        output_error=None if hessian is None else _output_error(dense, restored, hessian),
+        seconds=seconds,
     )
 
 

@@ -98,6 +98,12 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
     return found, refused
 
 
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at the dotted ``name`` of ``model``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
 def input_group(name: str) -> str:
     """The key that layers reading the same input have in common, from the layer's name; its own name when alone."""
     parent, _, leaf = name.rpartition(".")

@@ -30,7 +30,8 @@ class Recipe:
         ignore: glob patterns of module names that stay as they are.
         per_layer: glob pattern -> {field: value}, overrides of this recipe's own fields for the matching layers. Later
             patterns win.
-        embedding_bits: 8 stores the token embedding, and a head tied to it, once in 8 bits; None leaves both alone.
+        embedding_bits: 8 stores the token embedding and the head in 8 bits, once where they are tied, whatever
+            ``ignore`` says; None leaves both alone.
         fuse: run q, k, v and gate, up of a block as one kernel call each.
 
     Subclasses set ``name`` (the method's name on the command line and in files) and ``version`` (raised when a field

@@ -48,7 +48,9 @@ class Report:
     Attributes:
         plan: what was applied, with the recipe.
         layers: module name -> :class:`LayerReport`.
-        skipped: module name -> reason, for every linear layer or embedding left as it was.
+        embedding: the same of the embedding and of a head that is not tied to it, where the recipe compresses them;
+            not part of the mean bits below, which papers count over the blocks.
+        skipped: module name -> reason, for every linear layer left as it was.
         model_bytes_before, model_bytes_after: all parameters and stored buffers of the model, shared ones once.
         fused: input group -> names of the layers that now share one kernel call.
         seconds: stage -> wall time ("prepare", "plan", "apply").
@@ -56,6 +58,7 @@ class Report:
 
     plan: Plan
     layers: Mapping[str, LayerReport]
+    embedding: Mapping[str, LayerReport]
     skipped: Mapping[str, str]
     model_bytes_before: int
     model_bytes_after: int
@@ -76,6 +79,7 @@ class Report:
         """A JSON object of everything but the plan, which has its own file format."""
         return {
             "layers": {name: dataclasses.asdict(layer) for name, layer in self.layers.items()},
+            "embedding": {name: dataclasses.asdict(layer) for name, layer in self.embedding.items()},
             "skipped": dict(self.skipped),
             "model_bytes_before": self.model_bytes_before,
             "model_bytes_after": self.model_bytes_after,

@@ -18,8 +18,9 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..compress.embedding import EmbeddingPair, install_embedding, replace, untie
+from ..compress.embedding import EmbeddingPair, install_embedding, untie
 from ..compress.fuse import fuse_shared_inputs
+from ..compress.layers import replace_module
 from ..nn import WqLinear
 from .checkpoint import check_file, find_weights, read_header
 from .record import PROVENANCE, QUANT_METHOD, VERSION, check_record, describe
@@ -64,10 +65,10 @@ class EffkQuantizer(HfQuantizer):
         tied_to = dict(getattr(model, "all_tied_weights_keys", {}))
         for name, fields in record["layers"].items():
             _check_target(model, name, fields, transposed_ok=True)
-            replace(model, name, StoredWeight(fields, fields["n"] if fields["bias"] else None))
+            replace_module(model, name, StoredWeight(fields, fields["n"] if fields["bias"] else None))
         if (entry := record["embedding"]) is not None:
             _check_target(model, entry["name"], entry, transposed_ok=False)
-            replace(model, entry["name"], StoredWeight(entry, None))
+            replace_module(model, entry["name"], StoredWeight(entry, None))
             if entry["head"] is not None:
                 _check_target(model, entry["head"], entry, transposed_ok=False)
                 head = model.get_submodule(entry["head"])
@@ -88,7 +89,7 @@ class EffkQuantizer(HfQuantizer):
         dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
         for name, fields in record["layers"].items():
             stored = model.get_submodule(name)
-            replace(model, name, WqLinear.from_weight(_weight(name, stored), stored.bias, fields["compute"]))
+            replace_module(model, name, WqLinear.from_weight(_weight(name, stored), stored.bias, fields["compute"]))
         if (entry := record["embedding"]) is not None:
             weight = _weight(entry["name"], model.get_submodule(entry["name"]))
             install_embedding(model, EmbeddingPair(entry["name"], entry["head"]), weight, entry["compute"], dtype)
