@@ -62,18 +62,20 @@ def _compress_layer(
     dense = layer.weight()
     weight = handler.quantize(context, layer, dense, entry, stats)
     _check_against_plan(layer, entry, weight)
-    return install_layer(context.model, layer, weight, entry.compute, start, None if stats is None else stats.hessian)
+    hessian = None if stats is None else stats.hessian
+    return install_layer(context.model, layer, dense, weight, entry.compute, start, hessian)
 
 
 def install_layer(
     model: nn.Module,
     layer: Layer,
+    dense: Tensor,
     weight: WqWeight,
     compute: str,
     start: float | None = None,
     hessian: Tensor | None = None,
 ) -> LayerReport:
-    """Put ``weight`` in the place of ``layer`` after comparing the kernel with it, and report.
+    """Put ``weight`` in the place of ``layer``, whose fp32 weight is ``dense``, after comparing the kernel with it.
 
     ``start`` is when the work on the layer began (``time.perf_counter``), ``hessian`` ``sum x^T x`` of its inputs.
 
@@ -81,7 +83,7 @@ def install_layer(
         RuntimeError: the kernel and the stored weight disagree.
     """
     start = time.perf_counter() if start is None else start
-    dense, restored = layer.weight(), weight.dequantize()
+    restored = weight.dequantize()
     module = WqLinear.from_weight(weight, layer.module.bias, compute)
     _self_check(layer.name, module, restored)
     replace_module(model, layer.name, module)

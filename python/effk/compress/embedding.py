@@ -71,8 +71,8 @@ def compress_embedding(model: nn.Module, pair: EmbeddingPair, compute: str) -> d
         pair.embedding: report_on(weight, dense.float(), restored, compute, size, time.perf_counter() - start, None)
     }
     if pair.own_head is not None and type(head := model.get_submodule(pair.own_head)) is nn.Linear:
-        weight = quantize_rows(head.weight)
-        reports[pair.own_head] = install_layer(model, Layer.of(pair.own_head, head), weight, compute)
+        layer = Layer.of(pair.own_head, head)
+        reports[layer.name] = install_layer(model, layer, layer.weight(), quantize_rows(head.weight), compute)
     return reports
 
 
