@@ -1,8 +1,8 @@
 """Builds the C++ part with CMake and Ninja; everything else is in pyproject.toml.
 
 The build folder is kept (build/cmake-<python>), so one changed kernel file costs seconds, also through pip.
-Environment: EFFK_CUDA (AUTO, ON, OFF), EFFK_CUDA_ARCHS (a CMAKE_CUDA_ARCHITECTURES list), EFFK_JOBS (parallel compilers),
-EFFK_BUILD_TYPE (Release), CXX and CUDACXX as CMake reads them.
+Environment: EFFK_CUDA (AUTO, ON, OFF), EFFK_CUDA_ARCHS (a CMAKE_CUDA_ARCHITECTURES list), EFFK_JOBS (compilers at a
+time), EFFK_BUILD_TYPE (Release), CXX and CUDACXX as CMake reads them.
 """
 
 import importlib.util
@@ -45,7 +45,7 @@ def compiler() -> str:
         if path:
             return path
     raise SystemExit(
-        f"effk: a C++17 compiler is needed to build and {wanted[0] if wanted else 'c++ (g++ or clang++)'} was not found: "
+        f"effk: a C++17 compiler is needed and {wanted[0] if wanted else 'c++ (or g++, clang++)'} was not found: "
         "apt-get install g++, or set CXX"
     )
 

@@ -37,7 +37,10 @@ def test_environment_forces_a_tier(name: str) -> None:
 def test_environment_with_another_name_is_an_error(name: str) -> None:
     done = run_python("import effk", EFFK_ISA=name)
     assert done.returncode != 0
-    assert f"ImportError: EFFK_ISA: expected one of {', '.join(isa.supported())} on this CPU, got '{name[:60]}" in done.stderr
+    assert (
+        f"ImportError: EFFK_ISA: expected one of {', '.join(isa.supported())} on this CPU, got '{name[:60]}"
+        in done.stderr
+    )
 
 
 def test_empty_environment_is_none() -> None:

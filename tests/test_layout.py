@@ -6,11 +6,11 @@ import hashlib
 
 import pytest
 import torch
-from wq_cases import BITS, random_weight
 
 from effk import _C
 from effk.formats.wq import WqWeight
 from effk.ops import wq_linear as wq
+from wq_cases import BITS, random_weight
 
 
 def weight_of(codes: torch.Tensor, bits: int, group_size: int = 32) -> WqWeight:

@@ -94,9 +94,17 @@ TORCH_SHIM = {
 
 
 def test_only_known_functions_of_torch() -> None:
-    undefined = {line.split()[-1].split("@")[0] for line in output("nm", "-D", "--undefined-only", LIBRARY).splitlines()}
-    torch_names = {name for name in undefined if "torch" in name or name.startswith("_ZN2at") or name.startswith("_ZN3c10")}
-    known = {name for name in torch_names if name in TORCH_SHIM or re.match(r"(aoti_)?torch_(dtype|layout|memory_format)_", name)}
+    undefined = {
+        line.split()[-1].split("@")[0] for line in output("nm", "-D", "--undefined-only", LIBRARY).splitlines()
+    }
+    torch_names = {
+        name for name in undefined if "torch" in name or name.startswith("_ZN2at") or name.startswith("_ZN3c10")
+    }
+    known = {
+        name
+        for name in torch_names
+        if name in TORCH_SHIM or re.match(r"(aoti_)?torch_(dtype|layout|memory_format)_", name)
+    }
     assert torch_names - known == set()
 
 

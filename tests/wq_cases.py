@@ -50,7 +50,9 @@ def random_weight(
         scales.to(scale_dtype),
         bits=bits,
         group_size=group_size,
-        zeros=torch.randint(0, 1 << bits, (n, groups), generator=rng, dtype=torch.uint8) if kind == "asymmetric" else None,
+        zeros=torch.randint(0, 1 << bits, (n, groups), generator=rng, dtype=torch.uint8)
+        if kind == "asymmetric"
+        else None,
         codebook={
             "table": lambda: torch.randn(1 << bits, generator=rng),
             "row_tables": lambda: torch.randn(n, 1 << bits, generator=rng),

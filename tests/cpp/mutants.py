@@ -51,36 +51,92 @@ def tier(name: str, tier: str, old: str, new: str) -> Mutant:
 MUTANTS = (
     packing("code mask one bit short", "return v & ((1 << bits) - 1);", "return v & ((1 << bits) - 2);"),
     packing("code across two bytes loses its upper part", "if (at % 8 + bits > 8) v |=", "if (at % 8 + bits > 9) v |="),
-    packing("high bits of 3-bit codes in the low plane", "packed[p.high_byte] | ((code >> 2)", "packed[p.byte] | ((code >> 2)"),
-    packing("scales of the next group", "((r / 16 * groups + g) * 16 + r % 16) * size,\n                  static_cast<const char*>(from) + (r",
-            "((r / 16 * groups + (g + 1) % groups) * 16 + r % 16) * size,\n                  static_cast<const char*>(from) + (r"),
-    packing("padding rows of scales not cleared", "std::memset(to, 0, size_t(t16::tiles(n) * groups * 16 * size));", ""),
+    packing(
+        "high bits of 3-bit codes in the low plane",
+        "packed[p.high_byte] | ((code >> 2)",
+        "packed[p.byte] | ((code >> 2)",
+    ),
+    packing(
+        "scales of the next group",
+        "((r / 16 * groups + g) * 16 + r % 16) * size,\n                  static_cast<const char*>(from) + (r",
+        "((r / 16 * groups + (g + 1) % groups) * 16 + r % 16) * size,\n                  static_cast<const char*>(from) + (r",
+    ),
+    packing(
+        "padding rows of scales not cleared", "std::memset(to, 0, size_t(t16::tiles(n) * groups * 16 * size));", ""
+    ),
     packing("packed bytes not cleared", "std::memset(packed, 0, size_t(t16::packed_bytes(n, k, bits)));", ""),
     packing("dequantize ignores zeros", "(w.zeros ? w.zeros[at] : 1 << (w.bits - 1))", "(1 << (w.bits - 1))"),
     packing("dequantize drops a row's last outlier", "j < w.out_ptr[r + 1]; ++j", "j + 1 < w.out_ptr[r + 1]; ++j"),
-    dispatch("codebooks to bf16 dot products", "a.x_dtype == DType::bf16 && !w.codebook ?", "a.x_dtype == DType::bf16 ?"),
+    dispatch(
+        "codebooks to bf16 dot products", "a.x_dtype == DType::bf16 && !w.codebook ?", "a.x_dtype == DType::bf16 ?"
+    ),
     dispatch("tables a row to gemv", "(k.form == Form::int8 || w.codebook_per_row)", "(k.form == Form::int8)"),
-    dispatch("weights of two spans share prepared rows", "l.kernel[i] == k && l.rows[i].span == r.span", "l.kernel[i] == k"),
-    dispatch("workspace one row short", "size_t(r.m * r.kpad) * steps_per_unit(k->form)", "size_t((r.m - 1) * r.kpad) * steps_per_unit(k->form)"),
-    dispatch("transposed x not padded to 16 rows", "t16::ceil_div(a.m, 16) * 16 : a.m) * size_t(a.k)", "a.m : a.m) * size_t(a.k)"),
-    dispatch("fp16 read as bf16 for outliers", "t == DType::bf16 ? bf16_to_float(h) : f16_to_float(h)", "bf16_to_float(h)"),
-    kernel("rest of x not cleared", "alignas(64) char tail[64] = {};", "alignas(64) char tail[64]; std::memset(tail, 0x3f, 64);"),
-    kernel("rest of x one value short", "size_t((count - i) * width(t)));\n    store_f32(out + i, load_any(tail", "size_t((count - i - 1) * width(t)));\n    store_f32(out + i, load_any(tail"),
-    kernel("last span counted too long", "const int last = int((w.k - (r.spans - 1) * r.span + ck - 1) / ck);", "const int last = int((w.k - (r.spans - 1) * r.span + ck) / ck);"),
+    dispatch(
+        "weights of two spans share prepared rows", "l.kernel[i] == k && l.rows[i].span == r.span", "l.kernel[i] == k"
+    ),
+    dispatch(
+        "workspace one row short",
+        "size_t(r.m * r.kpad) * steps_per_unit(k->form)",
+        "size_t((r.m - 1) * r.kpad) * steps_per_unit(k->form)",
+    ),
+    dispatch(
+        "transposed x not padded to 16 rows",
+        "t16::ceil_div(a.m, 16) * 16 : a.m) * size_t(a.k)",
+        "a.m : a.m) * size_t(a.k)",
+    ),
+    dispatch(
+        "fp16 read as bf16 for outliers", "t == DType::bf16 ? bf16_to_float(h) : f16_to_float(h)", "bf16_to_float(h)"
+    ),
+    kernel(
+        "rest of x not cleared",
+        "alignas(64) char tail[64] = {};",
+        "alignas(64) char tail[64]; std::memset(tail, 0x3f, 64);",
+    ),
+    kernel(
+        "rest of x one value short",
+        "size_t((count - i) * width(t)));\n    store_f32(out + i, load_any(tail",
+        "size_t((count - i - 1) * width(t)));\n    store_f32(out + i, load_any(tail",
+    ),
+    kernel(
+        "last span counted too long",
+        "const int last = int((w.k - (r.spans - 1) * r.span + ck - 1) / ck);",
+        "const int last = int((w.k - (r.spans - 1) * r.span + ck) / ck);",
+    ),
     kernel("groups of 256 take the next group's scale", "w.group > r.span ? 1 : 0", "0"),
-    kernel("activation maximum of the first half", "for (int i = 0; i < padded; i += 16) top = max_i", "for (int i = 0; i < padded; i += 32) top = max_i"),
-    kernel("sum of codes forgets the last part", "for (int i = 0; i < padded; i += 64) sum", "for (int i = 0; i + 64 < padded; i += 64) sum"),
+    kernel(
+        "activation maximum of the first half",
+        "for (int i = 0; i < padded; i += 16) top = max_i",
+        "for (int i = 0; i < padded; i += 32) top = max_i",
+    ),
+    kernel(
+        "sum of codes forgets the last part",
+        "for (int i = 0; i < padded; i += 64) sum",
+        "for (int i = 0; i + 64 < padded; i += 64) sum",
+    ),
     kernel("outlier columns of the neighbour", "picked[i] = x[cols[i]];", "picked[i] = x[cols[i ? i - 1 : 0]];"),
     kernel("outlier pieces overlap", "for (; j < end; j += kPiece) {", "for (; j < end; j += kPiece - 16) {"),
     kernel("whole tile stored at the edge", "if (lanes == 16) {", "if (lanes >= 15) {"),
     kernel("bias of the first tile", "+ n0 * width(w.bias_dtype);", "+ 0 * n0 * width(w.bias_dtype);"),
-    kernel("zero points of the first tile", "const uint8_t* p = w.zeros + (tile * groups + group) * 16;", "const uint8_t* p = w.zeros + group * 16;"),
-    kernel("table a row of the first tile", "z.codebook = w.codebook + tile * (int64_t(16) << w.bits);", "z.codebook = w.codebook;"),
+    kernel(
+        "zero points of the first tile",
+        "const uint8_t* p = w.zeros + (tile * groups + group) * 16;",
+        "const uint8_t* p = w.zeros + group * 16;",
+    ),
+    kernel(
+        "table a row of the first tile",
+        "z.codebook = w.codebook + tile * (int64_t(16) << w.bits);",
+        "z.codebook = w.codebook;",
+    ),
     kernel("codebook bytes off by one", "uint8_t(128 + (top > 0", "uint8_t(127 + (top > 0"),
-    tier("upper rows multiply the lower codes", "avx2", "dot_half<Wide>(acc.b, u.b, s.b)", "dot_half<Wide>(acc.b, u.a, s.b)"),
+    tier(
+        "upper rows multiply the lower codes",
+        "avx2",
+        "dot_half<Wide>(acc.b, u.b, s.b)",
+        "dot_half<Wide>(acc.b, u.a, s.b)",
+    ),
     tier("8-bit products saturate", "avx2", "{dot_half<Wide>(acc.a,", "{dot_half<false>(acc.a,"),
     tier("table look-up ignores bit 3", "avx2", "_mm256_slli_epi32(i, 28)", "_mm256_slli_epi32(i, 29)"),
-)  # fmt: skip
+)
 
 
 def compile_command(unit: Path) -> tuple[list[str], Path]:
@@ -97,7 +153,9 @@ def caught(mutant: Mutant, work: Path) -> bool:
     target = work / "csrc" / mutant.file
     text = target.read_text()
     if text.count(mutant.old) != 1:
-        raise SystemExit(f"mutants: {mutant.name}: expected the line once in {mutant.file}, found it {text.count(mutant.old)} times")
+        raise SystemExit(
+            f"mutants: {mutant.name}: expected the line once in {mutant.file}, found it {text.count(mutant.old)} times"
+        )
     target.write_text(text.replace(mutant.old, mutant.new))
 
     command, own = compile_command(ROOT / "csrc" / mutant.unit)
@@ -106,11 +164,15 @@ def caught(mutant: Mutant, work: Path) -> bool:
     words[words.index("-o") + 1] = str(work / "mutant.o")
     subprocess.run(words, check=True, cwd=BUILD, stderr=subprocess.DEVNULL)
     objects = [o for o in BUILD.glob("CMakeFiles/effk_*/csrc/**/*.o") if o != own and "/csrc/torch/" not in str(o)]
-    objects = [o for o in objects if o.parts[len(BUILD.parts) + 1] not in ("effk_ops.dir", "effk_emu.dir", "effk_cuda.dir")]
+    objects = [
+        o for o in objects if o.parts[len(BUILD.parts) + 1] not in ("effk_ops.dir", "effk_emu.dir", "effk_cuda.dir")
+    ]
     program = work / "fuzz"
     flags = ["-std=c++17", "-O2", f"-I{ROOT / 'csrc'}"]
     source = ROOT / "tests/cpp/fuzz_wq_linear.cpp"
-    subprocess.run([words[0], *flags, str(source), str(work / "mutant.o"), *map(str, objects), "-o", str(program)], check=True)
+    subprocess.run(
+        [words[0], *flags, str(source), str(work / "mutant.o"), *map(str, objects), "-o", str(program)], check=True
+    )
     return subprocess.run([program, CALLS], capture_output=True).returncode != 0
 
 

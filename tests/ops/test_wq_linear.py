@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 import torch
-from wq_cases import BITS, DTYPES, assert_close, bound, check, kinds, random_input, random_weight
 
 from effk import isa
 from effk.formats.wq import GROUP_SIZES, WqWeight
 from effk.ops import wq_linear as wq
+from wq_cases import BITS, DTYPES, assert_close, bound, check, kinds, random_input, random_weight
 
 ROWS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 16, 31, 32, 33, 64, 130)
 # Remainders of the tile (16 rows), the pair of tiles, the chunk (4 to 32 columns), the group; and a single column.
@@ -181,7 +181,9 @@ def test_small_numbers(tier: str, compute: str) -> None:
     base = random_weight(32, 160, 4, 32)
     for scale, dtype in ((2.0**-24, torch.float16), (-(2.0**-20), torch.float16), (0.0, torch.float16),
                          (2.0**-140, torch.float32), (-1.0, torch.float32)):  # fmt: skip
-        weight = WqWeight.from_codes(base.codes(), torch.full_like(base.scales, scale, dtype=dtype), bits=4, group_size=32)
+        weight = WqWeight.from_codes(
+            base.codes(), torch.full_like(base.scales, scale, dtype=dtype), bits=4, group_size=32
+        )
         packed = wq.pack(weight)
         for magnitude in (1.0, 0.0, 2.0**-60, 2.0**-118, 2.0**-125, 2.0**-140, 2.0**80):
             x = random_input(6, 160) * magnitude

@@ -8,10 +8,21 @@ from typing import Any
 
 import pytest
 import torch
-from wq_cases import BITS, DTYPES, SIGNIFICANT_BITS, assert_close, bound, check, gamma, kinds, random_input, random_weight
 
 from effk.formats.wq import GROUP_SIZES, WqWeight
 from effk.ops import wq_linear as wq
+from wq_cases import (
+    BITS,
+    DTYPES,
+    SIGNIFICANT_BITS,
+    assert_close,
+    bound,
+    check,
+    gamma,
+    kinds,
+    random_input,
+    random_weight,
+)
 
 ops = torch.ops.effk
 
@@ -253,7 +264,9 @@ def test_bad_argument_of_the_other_ops() -> None:
         ops.wq_unpack(packed.packed, packed.scales[:1], None, *packed.geometry)
     with pytest.raises(RuntimeError, match=r"^wq_dequantize: bits: expected 2, 3, 4 or 8, got 7$"):
         ops.wq_dequantize(*packed.tensors, 33, 100, 7, 32)
-    with pytest.raises(RuntimeError, match=r"^wq_linear_backward: grad: expected \[\.\.\., 33\] on cpu, got float32 \[2, 34\]"):
+    with pytest.raises(
+        RuntimeError, match=r"^wq_linear_backward: grad: expected \[\.\.\., 33\] on cpu, got float32 \[2, 34\]"
+    ):
         ops.wq_linear_backward(torch.zeros(2, 34), *packed)
     good = multi_arguments([WEIGHT, WEIGHT], random_input(2, 100))
     with pytest.raises(RuntimeError, match=r"^wq_multi_linear: scales: expected 2 entries as packed has, got 1$"):

@@ -8,22 +8,22 @@ Formula, for a weight ``W[N, K]`` of unsigned ``b``-bit codes ``q`` in groups of
 
 ``compute`` says how ``x`` meets the codes. ``"float"``: exact codes times floating-point activations, fp32 accumulation
 (for bf16 activations through BF16 dot products, where the CPU has them). ``"int8"``: activations rounded to int8 in
-groups of ``min(G, 128)`` columns, integer products, which changes results by about 1 %; a model's recipe asks for it.
+groups of ``min(G, 128)`` columns, integer products; results change by about 1 %, so a recipe has to ask for it.
 
 Operations (library ``effk``; ``weight`` stands for packed, scales, zeros, codebook, out_ptr, out_col, out_val):
 
-    wq_pack(qweight, scales, zeros, codebook, n, k, bits, group_size)       canonical rows -> kernel layout, see :func:`pack`
+    wq_pack(qweight, scales, zeros, codebook, n, k, bits, group_size)       canonical -> kernel layout, see :func:`pack`
     wq_unpack(packed, scales, zeros, n, k, bits, group_size)                the inverse
     wq_dequantize(weight, n, k, bits, group_size)                           W with its outliers, fp32 [n, k]
     wq_linear(x, weight, bias, n, k, bits, group_size, compute)             [..., k] -> [..., n], dtype of x
-    wq_multi_linear(x, weights, ..., compute)                               several weights over one x, one list per argument
-    wq_linear_backward(grad, weight, n, k, bits, group_size)                grad @ W: [..., n] -> [..., k], dtype of grad
+    wq_multi_linear(x, weights, ..., compute)                               several weights over one x, in lists
+    wq_linear_backward(grad, weight, n, k, bits, group_size)                grad @ W: [..., n] -> [..., k], as grad
 
 Shapes and dtypes: x fp32, bf16 or fp16, any leading dimensions, also none and empty ones; made contiguous if it is not.
 packed uint8 ``[tiles, chunks, chunk_bytes]``, scales fp16 or fp32 ``[tiles, groups, 16]``, zeros uint8 of that shape,
-codebook fp32 ``[2**bits]`` or ``[tiles, 2**bits, 16]`` (not at 8 bits), out_ptr int32 ``[n + 1]``, out_col uint16 ``[nnz]``
-(int32 when k > 65536), out_val fp16 ``[nnz]``, bias fp32, bf16 or fp16 ``[n]``; all of them contiguous. Layout:
-``csrc/formats/t16.h``. group_size is 32, 64, 128, 256, or 0 for one group per row.
+codebook fp32 ``[2**bits]`` or ``[tiles, 2**bits, 16]`` (not at 8 bits), out_ptr int32 ``[n + 1]``, out_col uint16
+``[nnz]`` (int32 when k > 65536), out_val fp16 ``[nnz]``, bias fp32, bf16 or fp16 ``[n]``; all of them contiguous.
+Layout: ``csrc/formats/t16.h``. group_size is 32, 64, 128, 256, or 0 for one group per row.
 
 Errors: RuntimeError naming the operation, the argument, what was expected and what came, before any work.
 
@@ -118,13 +118,13 @@ def multi_linear(
     )
 
 
-# ---- float64 reference ------------------------------------------------------------------------------------------------
+# ---- float64 reference ---------------------------------------------------------------------------
 
 
 def reference(x: Tensor, weight: WqWeight, bias: Tensor | None = None, compute: str = "float") -> Tensor:
     """The formulas of this module in float64, from the canonical form; independent of the kernels and their layout.
 
-    The only fp32 steps are those that the int8 form defines: rounding the activations, and rounding a codebook to bytes.
+    The only fp32 steps are those that define the int8 form: rounding the activations, and rounding a codebook to bytes.
 
     Args:
         x: ``[..., k]``.
@@ -209,7 +209,7 @@ def _reference_int8(rows: Tensor, weight: WqWeight) -> Tensor:
     return x @ values.T
 
 
-# ---- shapes, for torch.compile and export -----------------------------------------------------------------------------
+# ---- shapes, for torch.compile and export --------------------------------------------------------
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -221,7 +221,7 @@ def _absent(t: Tensor | None) -> bool:
 
 
 @torch.library.register_fake("effk::wq_pack")
-def _(qweight, scales, zeros, codebook, n, k, bits, group_size):  # type: ignore[no-untyped-def]
+def _(qweight, scales, zeros, codebook, n, k, bits, group_size):
     tiles, grid = _ceil_div(n, TILE_ROWS), (_ceil_div(n, TILE_ROWS), num_groups(k, group_size), TILE_ROWS)
     chunk_k, chunk_bytes = (32, 192) if bits == 3 else (32 // bits, 64)
     table: tuple[int, ...] = (0,)
@@ -236,7 +236,7 @@ def _(qweight, scales, zeros, codebook, n, k, bits, group_size):  # type: ignore
 
 
 @torch.library.register_fake("effk::wq_unpack")
-def _(packed, scales, zeros, n, k, bits, group_size):  # type: ignore[no-untyped-def]
+def _(packed, scales, zeros, n, k, bits, group_size):
     grid = (n, num_groups(k, group_size))
     return (
         packed.new_empty((n, _ceil_div(k * bits, 8))),
@@ -246,7 +246,7 @@ def _(packed, scales, zeros, n, k, bits, group_size):  # type: ignore[no-untyped
 
 
 @torch.library.register_fake("effk::wq_dequantize")
-def _(packed, scales, zeros, codebook, out_ptr, out_col, out_val, n, k, bits, group_size):  # type: ignore[no-untyped-def]
+def _(packed, scales, zeros, codebook, out_ptr, out_col, out_val, n, k, bits, group_size):
     return scales.new_empty((n, k), dtype=torch.float32)
 
 
@@ -256,21 +256,21 @@ def _row_shape(op: str, name: str, x: Tensor, k: int) -> tuple[int, ...]:
 
 
 @torch.library.register_fake("effk::wq_linear")
-def _(x, packed, scales, zeros, codebook, out_ptr, out_col, out_val, bias, n, k, bits, group_size, compute):  # type: ignore[no-untyped-def]
+def _(x, packed, scales, zeros, codebook, out_ptr, out_col, out_val, bias, n, k, bits, group_size, compute):
     return x.new_empty((*_row_shape("wq_linear", "x", x, k), n))
 
 
 @torch.library.register_fake("effk::wq_multi_linear")
-def _(x, packed, scales, zeros, codebook, out_ptr, out_col, out_val, bias, n, k, bits, group_size, compute):  # type: ignore[no-untyped-def]
+def _(x, packed, scales, zeros, codebook, out_ptr, out_col, out_val, bias, n, k, bits, group_size, compute):
     return [x.new_empty((*_row_shape("wq_multi_linear", "x", x, k), rows)) for rows in n]
 
 
 @torch.library.register_fake("effk::wq_linear_backward")
-def _(grad, packed, scales, zeros, codebook, out_ptr, out_col, out_val, n, k, bits, group_size):  # type: ignore[no-untyped-def]
+def _(grad, packed, scales, zeros, codebook, out_ptr, out_col, out_val, n, k, bits, group_size):
     return grad.new_empty((*_row_shape("wq_linear_backward", "grad", grad, n), k))
 
 
-# ---- gradient with respect to x ---------------------------------------------------------------------------------------
+# ---- gradient with respect to x ------------------------------------------------------------------
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -295,8 +295,7 @@ def _keep_weights(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> No
     # What PyTorch wants for an argument without gradient: a list of None for a list of tensors, else one None.
     ctx.nothing = [[None] * len(c) if all(isinstance(t, Tensor) for t in c) else None for c in (*columns, bias)]
     ctx.weights = [
-        (tensors, (rows, k, b, group))
-        for *tensors, rows, b, group in zip(*columns, n, bits, group_size, strict=True)
+        (tensors, (rows, k, b, group)) for *tensors, rows, b, group in zip(*columns, n, bits, group_size, strict=True)
     ]
 
 
@@ -312,13 +311,13 @@ def _multi_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 torch.library.register_autograd("effk::wq_multi_linear", _multi_backward, setup_context=_keep_weights)
 
 
-# ---- autocast: as a linear layer, x takes the autocast dtype; the weight and the bias stay as they are -----------------
+# ---- autocast: as a linear layer, x takes the autocast dtype; the weight and the bias stay as they are
 
 
 def _cast_x(op: Any, device: str) -> Any:
     def autocast(x: Tensor, *args: Any) -> Any:
         dtype = torch.get_autocast_dtype(device)
-        if x.is_floating_point() and x.dtype != torch.float64 and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(dtype)
         with torch.autocast(device, enabled=False):
             return op(x, *args)
