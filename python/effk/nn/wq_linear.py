@@ -150,7 +150,8 @@ class WqMultiLinear(nn.Module):
     computes all products and leaves the others' *on that tensor object*, where each is taken, once, when its layer is
     called with the same object. So nothing outlives the tensor, threads with their own tensors never meet, and whatever
     does not match (another tensor, an input written to in between, a second call) is computed anew. Where tensors are
-    traced rather than computed (compile, export) or need gradients, every layer works alone.
+    traced rather than computed (compile, export) or need gradients, every layer works alone. Inference mode counts no
+    writes: there, a model must not write to x between the siblings, which none of the supported ones does.
     """
 
     def __init__(self, layers: Sequence[WqLinear]) -> None:
