@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -92,6 +94,8 @@ def open_model(name: str, dtype: torch.dtype | None = None) -> Opened:
         ValueError: MODEL names nothing that can be loaded.
         FileNotFoundError: ``smollm2`` without its package.
     """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers imports it: bars in a log are noise
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
