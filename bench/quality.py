@@ -92,7 +92,7 @@ class Study:
         """
         if self.cache_file.exists():
             return torch.load(self.cache_file, weights_only=False)  # written below, by this program
-        recipe, found, model = LlmMq(scaling=False), {}, self.model()
+        recipe, found, model = LlmMq(), {}, self.model()
         layers = self.layers(model)
         for block in stream_blocks(model, layers, self.calib):
             members = [layer for layer in layers if layer.block == block.name]
@@ -202,6 +202,8 @@ ABLATIONS = {
     "nearest": {"second_order": False, "sweeps": 0, "drift": 0.0},
     "no-outliers": {"outliers": 0.0},
     "magnitude": {"outlier_by": "magnitude"},
+    "scaling": {"scaling": True},
+    "groups-of-32": {"group_size": 32},
 }
 
 

@@ -101,7 +101,7 @@ def test_range_ratio_of_odd_sizes_and_zeros() -> None:
 def test_edited_plans() -> None:
     """A format may be edited to its twin; what a method cannot do is refused before any work."""
     batches, name = token_batches(), "model.layers.1.mlp.up_proj"
-    for recipe in (Rtn(bits=4), FineQuant(bits=4), LlmMq(bits=3.0, scaling=False)):
+    for recipe in (Rtn(bits=4), FineQuant(bits=4), LlmMq(bits=3.0)):
         plan = make_plan(small_model("llama"), recipe, batches)
         report = compress(small_model("llama"), recipe, batches, plan=plan.edit(name, format="asym", bits=3))
         assert (report.layers[name].bits, report.plan.layers[name].format) == (3, "asym")
@@ -170,10 +170,10 @@ def test_tied_layers_share_their_bits() -> None:
 
 
 def test_a_plan_reallocated_is_the_plan_made() -> None:
-    """Scores do not depend on the budget, so one scoring pass serves all (scaling is searched at the budget's bits)."""
+    """Scores do not depend on the budget, so one scoring pass serves all."""
     batches = token_batches(4)
-    plan = make_plan(small_model("llama"), LlmMq(bits=3.0, scaling=False), batches)
-    recipe = LlmMq(bits=2.5, scaling=False)
+    plan = make_plan(small_model("llama"), LlmMq(bits=3.0), batches)
+    recipe = LlmMq(bits=2.5)
     again = reallocate(plan, recipe, find_layers(small_model("llama"))[0])
     assert again.diff(make_plan(small_model("llama"), recipe, batches)) == {}
     assert again.to_json() == Plan.from_json(again.to_json()).to_json()
@@ -183,7 +183,7 @@ def test_a_plan_reallocated_is_the_plan_made() -> None:
 
 def test_plan_then_compress_equals_compress() -> None:
     """Also with scaling: a model that the plan scaled is not scaled again, and a fresh one is scaled as the plan says."""
-    recipe, batches = LlmMq(bits=3.0), token_batches(4)
+    recipe, batches = LlmMq(bits=3.0, scaling=True), token_batches(4)
     ids = token_batches(1, seed=5)[0]
 
     def logits(model: nn.Module) -> Tensor:
@@ -290,10 +290,10 @@ def test_methods_are_in_order(teacher: tuple[nn.Module, list[Tensor], Tensor]) -
 
 def test_more_budget_is_better(teacher: tuple[nn.Module, list[Tensor], Tensor]) -> None:
     model, calib, _ = teacher
-    plan = make_plan(copy.deepcopy(model), LlmMq(bits=3.0, group_size=32, scaling=False), calib)
+    plan = make_plan(copy.deepcopy(model), LlmMq(bits=3.0, group_size=32), calib)
     found = []
     for bits in (2.0, 3.0, 4.0):
-        recipe = LlmMq(bits=bits, group_size=32, scaling=False)
+        recipe = LlmMq(bits=bits, group_size=32)
         found.append(divergence(teacher, recipe, reallocate(plan, recipe, find_layers(model)[0])))
     assert found[2] < found[1] < found[0], found
 
@@ -301,7 +301,7 @@ def test_more_budget_is_better(teacher: tuple[nn.Module, list[Tensor], Tensor]) 
 def test_scores_beat_the_inverse_allocation(teacher: tuple[nn.Module, list[Tensor], Tensor]) -> None:
     """Giving the bits to the layers that gain least by them must be worse, or the score means nothing."""
     model, calib, _ = teacher
-    recipe = LlmMq(bits=3.0, group_size=32, scaling=False, choices=(2, 4))
+    recipe = LlmMq(bits=3.0, group_size=32, choices=(2, 4))
     plan = make_plan(copy.deepcopy(model), recipe, calib)
     inverted = {name: [1 / (two - four), 0.0] for name, (two, four) in plan.notes["scores"].items()}
     worst = Plan(plan.recipe, plan.layers, plan.skipped, {**plan.notes, "scores": inverted})
