@@ -18,7 +18,7 @@ CASES = {
     "a file as model": (["eval", "{tmp}/file"], "a file"),
     "a folder without a model": (["eval", "{tmp}"], "a folder without one"),
     "a damaged config": (["eval", "{tmp}/broken"], "expected JSON"),
-    "a config of something else": (["eval", "{tmp}/alien"], "transformers can load"),
+    "a config of something else": (["eval", "{tmp}/alien"], "decoder that transformers can load"),
     "an unknown command": (["squeeze"], "squeeze"),
     "an unknown option": (["eval", "{tiny}", "--frobnicate"], "--frobnicate"),
     "a missing argument": (["eval"], "MODEL"),
@@ -105,7 +105,11 @@ def test_a_mistake_of_the_program_says_so(effk: Callable, tiny: Path, monkeypatc
 
     monkeypatch.setattr(evaluate_module, "perplexity", broken)
     ran = effk("eval", tiny, "--context", 64)
-    assert ran.status == 1 and "KeyError: 'lost'; this is a mistake of effk" in ran.stderr and "Traceback" not in ran.stderr
+    assert (
+        ran.status == 1
+        and "KeyError: 'lost'; this is a mistake of effk" in ran.stderr
+        and "Traceback" not in ran.stderr
+    )
 
 
 def test_the_real_program_exits_with_two_and_one_line(tmp_path: Path) -> None:

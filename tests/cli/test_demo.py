@@ -22,7 +22,9 @@ def test_demo_compares_five_versions(tiny: Path, effk: Callable, tmp_path: Path)
         if name != "PyTorch bf16":
             assert version["nominal_bits"] <= float(name.split()[1].removesuffix("-bit")) < version["true_bits"]
             model = package.load(out / name.lower().replace(" ", "-"))
-            assert sum(1 for module in model.modules() if isinstance(module, package.nn.WqLinear)) == 15  # 14 and the embedding
+            assert (
+                sum(1 for module in model.modules() if isinstance(module, package.nn.WqLinear)) == 15
+            )  # 14 and the embedding
 
     for step in range(1, 8):
         assert f"step {step} of 7" in ran.stderr

@@ -52,7 +52,8 @@ def _explain(error: Exception) -> int:
     elif isinstance(error, _REFUSALS):
         code, text = BAD_INPUT, str(error) or type(error).__name__
     else:
-        code, text = INTERNAL, f"{type(error).__name__}: {error}; this is a mistake of effk: add --debug for the details"
+        code = INTERNAL
+        text = f"{type(error).__name__}: {error}; this is a mistake of effk: add --debug for the details"
     print("effk: error: " + " ".join(text.split()), file=sys.stderr)
     return code
 

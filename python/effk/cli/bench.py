@@ -31,8 +31,8 @@ ROUNDS = 15
 def bench(context: typer.Context, as_json: Json = False) -> None:
     """Measure the kernels on this machine.
 
-    In a source checkout this runs `python -m bench` with the options given (see its --help): all shapes, competitors, and
-    the measured roofline. Without one it measures wq_linear at one shape against PyTorch's bf16 linear.
+    In a source checkout this runs `python -m bench` with the options given (see its --help): all shapes, competitors,
+    and the measured roofline. Without one it measures wq_linear at one shape against PyTorch's bf16 linear.
     """
     root = Path(__file__).parents[3]
     if (root / "bench" / "__main__.py").is_file() and (root / "csrc" / "formats").is_dir():
@@ -40,20 +40,23 @@ def bench(context: typer.Context, as_json: Json = False) -> None:
         return
     if context.args:
         raise ValueError(f"bench: expected no options without a source checkout, got {' '.join(context.args)}")
-    say(f"wq_linear, M = 1, N x K = {SHAPE[0]} x {SHAPE[1]}, groups of {GROUP}, about 20 s; a source checkout has the full benchmark")
+    say(f"wq_linear, M = 1, N x K = {SHAPE[0]} x {SHAPE[1]}, groups of {GROUP}, about 20 s")
+    say("a source checkout has the full benchmark")
     rows = kernel_rows()
-    table = Table("weights", "form", "us", "GB/s", "x bf16", title=f"{cpu_name()}, {rows[-1]['isa']}, {rows[-1]['threads']} threads")
+    title = f"{cpu_name()}, {rows[-1]['isa']}, {rows[-1]['threads']} threads"
+    table = Table("weights", "form", "us", "GB/s", "x bf16", title=title)
     for row in rows:
         table.add_row(row["weights"], row["form"], f"{row['us']:.0f}", f"{row['gbps']:.1f}", f"{row['vs_bf16']:.2f}")
     result(rows, as_json, table)
 
 
 def kernel_rows() -> list[dict[str, Any]]:
-    """One record per kernel: median time of one product with cold weights; bf16 first, against which the others stand."""
+    """One record per kernel: median time of one product with cold weights; bf16, the yardstick, comes first."""
     n, k = SHAPE
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, k, generator=generator)
-    common = {"op": "wq_linear", "m": 1, "n": n, "k": k, "group": GROUP, "isa": isa.active(), "threads": torch.get_num_threads()}
+    common = {"op": "wq_linear", "m": 1, "n": n, "k": k, "group": GROUP}
+    common |= {"isa": isa.active(), "threads": torch.get_num_threads()}
     dense = torch.randn(n, k, generator=generator).bfloat16()
     x_bf16 = x.bfloat16()
 
@@ -70,8 +73,8 @@ def kernel_rows() -> list[dict[str, Any]]:
             for form in ("int8", "float"):
                 copies = [WqLinear.from_weight(weight, compute=form) for _ in range(-(-ROTATION // weight.nbytes()))]
                 us = _median_us(lambda layer: layer(x), copies)
-                record = {"weights": f"{bits} bits", "form": form, "us": us, "gbps": weight.nbytes() / us / 1e3, "vs_bf16": base / us}
-                rows.append({**common, **record})
+                figures = {"us": us, "gbps": weight.nbytes() / us / 1e3, "vs_bf16": base / us}
+                rows.append({**common, "weights": f"{bits} bits", "form": form, **figures})
     return rows
 
 

@@ -13,7 +13,8 @@ import typer
 from rich.table import Table
 
 from .. import hub
-from ..compress import Plan, Recipe, compress as compress_model, make_plan, recipe_from_json
+from ..compress import Plan, Recipe, make_plan, recipe_from_json
+from ..compress import compress as compress_model
 from ..compress.registry import handler_for
 from ..compress.solvers.knapsack import InfeasibleBudget
 from ..data import calibration_text
@@ -28,16 +29,22 @@ PLAN, REPORT = "plan.json", "report.json"
 
 def compress(
     model: Model,
-    out: Annotated[Path | None, typer.Option(help="Folder to write: the model, its tokenizer, plan.json, report.json.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write: model, tokenizer, plan.json, report.json.")] = None,
     recipe: Annotated[str | None, typer.Option(help="llm-mq (default), finequant or rtn.")] = None,
     bits: Annotated[float | None, typer.Option(help="Bits per weight; for llm-mq the average, e.g. 3.4.")] = None,
     group: Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128, 256; 0: the row.")] = None,
-    compute: Annotated[str | None, typer.Option(help="float (exact weights) or int8 (faster, about 1 % error).")] = None,
+    compute: Annotated[str | None, typer.Option(help="float (exact) or int8 (faster, about 1 % error).")] = None,
     embedding_bits: Annotated[int | None, typer.Option(help="8: store embedding and tied head in 8 bits.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Apply this plan, e.g. an edited one; it carries its recipe.")] = None,
-    plan_only: Annotated[bool, typer.Option("--plan-only", help="Stop after planning; the plan goes to OUT, or stdout.")] = False,
-    calib: Annotated[list[Path] | None, typer.Option(help="Text files to calibrate on; default: the text in effk.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Any field of the recipe.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="Apply this plan; it carries its recipe.")] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan-only", help="Stop after planning; writes to OUT or stdout.")
+    ] = False,
+    calib: Annotated[
+        list[Path] | None, typer.Option(help="Text files to calibrate on; default: the text in effk.")
+    ] = None,
     calib_sequences: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 16,
     calib_length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 512,
     dtype: Dtype = "auto",
@@ -45,8 +52,8 @@ def compress(
 ) -> None:
     """Compress MODEL and write it to OUT.
 
-    Weights are read in fp32, compressed block by block, checked against the kernels and saved in one step: OUT holds the
-    old model or the new one, also after a crash.
+    Weights are read in fp32, compressed block by block, checked against the kernels and saved in one step: OUT holds
+    the old model or the new one, also after a crash.
     """
     if plan is not None and plan_only:
         raise ValueError("--plan-only: expected no --plan beside it: that one is made already")
@@ -72,13 +79,16 @@ def compress(
             else:
                 report = compress_model(opened.model, chosen, batches, given_plan, progress)
     except InfeasibleBudget as error:
-        raise ValueError(f"--bits: expected a budget that the recipe's choices can meet, got {chosen.bits:g}: {error}") from error
+        raise ValueError(
+            f"--bits: expected a budget that the choices can meet, got {chosen.bits:g}: {error}"
+        ) from error
     if plan_only:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             _write(out, PLAN, made.to_json())
             say(f"wrote {out / PLAN}; edit it and apply it with --plan")
-        result({"plan": json.loads(made.to_json())}, as_json, *([plan_table(made)] if out is not None else [made.to_json()]))
+        text = made.to_json()
+        result({"plan": json.loads(text)}, as_json, text if out is None else plan_table(made))
         return
 
     opened.model.to(wanted or opened.dtype)
@@ -103,15 +113,22 @@ def plan_table(plan: Plan) -> Table:
     return table
 
 
-def _recipe_and_plan(plan: Path | None, method: str | None, bits: float | None, group: int | None, compute: str | None,
-                     embedding_bits: int | None, settings: list[str] | None) -> tuple[Recipe, Plan | None]:
+def _recipe_and_plan(
+    plan: Path | None,
+    method: str | None,
+    bits: float | None,
+    group: int | None,
+    compute: str | None,
+    embedding_bits: int | None,
+    settings: list[str] | None,
+) -> tuple[Recipe, Plan | None]:
     options = {"bits": bits, "group_size": group, "compute": compute, "embedding_bits": embedding_bits}
     if plan is None:
         return make_recipe(method or "llm-mq", settings or (), **options), None
-    names = {"--recipe": method, "--bits": bits, "--group": group, "--compute": compute, "--embedding-bits": embedding_bits,
-             "--set": settings}
+    names = {"--recipe": method, "--bits": bits, "--group": group, "--compute": compute}
+    names |= {"--embedding-bits": embedding_bits, "--set": settings}
     if clash := [name for name, value in names.items() if value is not None and value != []]:
-        raise ValueError(f"--plan: expected no {', '.join(clash)} beside it: the plan carries its recipe and every layer's bits")
+        raise ValueError(f"--plan: expected no {', '.join(clash)} beside it: the plan carries its recipe")
     loaded = Plan.from_json(read_text("--plan", plan))
     return recipe_from_json(loaded.recipe), loaded
 
@@ -130,7 +147,7 @@ def _check_target(out: Path | None, *, optional: bool) -> None:
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: expected a folder, got the file {str(out)!r}")
     if (out / "config.json").exists() and not is_compressed(read_config(out)):
-        raise ValueError(f"--out: expected a new folder or one that effk wrote, got {str(out)!r}, which holds another model")
+        raise ValueError(f"--out: expected a folder that is new or effk's, got {str(out)!r}, which holds another model")
     try:
         with tempfile.TemporaryFile(dir=_existing(out)):
             pass

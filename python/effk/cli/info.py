@@ -20,14 +20,17 @@ def info(as_json: Json = False) -> None:
     record = facts()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("cpu", f"{record['cpu']}, {record['threads']} threads")
-    table.add_row("tiers", ", ".join(f"{name}{'' if name in isa.supported() else ' (not on this CPU)'}" for name in isa.names()))
-    table.add_row("active", f"{record['isa']['active']}, bf16 dot products {'on' if record['isa']['bf16'] else 'off'}"
-                            + (f", forced by EFFK_ISA={record['isa']['environment']}" if record["isa"]["environment"] else ""))
+    tiers = record["isa"]
+    absent = {name: "" if name in tiers["supported"] else " (not on this CPU)" for name in tiers["names"]}
+    table.add_row("tiers", ", ".join(name + note for name, note in absent.items()))
+    forced = f", forced by EFFK_ISA={tiers['environment']}" if tiers["environment"] else ""
+    table.add_row("active", f"{tiers['active']}, bf16 dot products {'on' if tiers['bf16'] else 'off'}{forced}")
     for op, forms in record["kernels"].items():
         for form, kernel in forms.items():
             table.add_row(f"{op}, {form}", kernel)
     build = record["build"]
-    table.add_row("build", f"effk {build['version']}, {build['compiler']}, {build['build_type']}, torch {build['oldest_torch']} or later")
+    needs = f"torch {build['oldest_torch']} or later"
+    table.add_row("build", f"effk {build['version']}, {build['compiler']}, {build['build_type']}, {needs}")
     table.add_row("running on", f"torch {record['torch']}, Python {record['python']}")
     table.add_row("cuda", record["cuda"]["summary"])
     result(record, as_json, table)

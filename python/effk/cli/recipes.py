@@ -30,7 +30,8 @@ def make_recipe(method: str, settings: Sequence[str] = (), **given: Any) -> Reci
             raise ValueError(f"--set: expected field=value, got {setting!r}")
         values[name] = _parse(text)
     if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"--recipe {method}: expected fields among {', '.join(sorted(fields))}, got {', '.join(unknown)}")
+        known = ", ".join(sorted(fields))
+        raise ValueError(f"--recipe {method}: expected fields among {known}, got {', '.join(unknown)}")
     # --bits is a number for every method; where the field is a bit-width, 3.0 is 3 and 3.5 is for the recipe to refuse.
     bits = values.get("bits")
     if isinstance(bits, float) and bits.is_integer() and isinstance(fields["bits"].default, int):

@@ -1,4 +1,4 @@
-"""Generating text and timing it, in one way for every model: transformers' greedy ``generate``, batch 1, with a cache."""
+"""Generating text and timing it, in one way for every model: transformers' greedy ``generate``, batch 1, with cache."""
 
 from __future__ import annotations
 

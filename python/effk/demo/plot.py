@@ -39,8 +39,9 @@ def plot_layers(
         return cells
 
     width = max(6.0, 2.5 + 0.25 * len(columns))
-    figure, axes = pyplot.subplots(1 + len(plans), 1, figsize=(width, 2.1 * (1 + len(plans))), layout="constrained", squeeze=False)
-    axes = axes[:, 0]
+    count = 1 + len(plans)
+    figure, grids = pyplot.subplots(count, 1, figsize=(width, 2.1 * count), layout="constrained", squeeze=False)
+    axes = grids[:, 0]
     sensitivity = grid({name: np.log10(max(scores[name][0], 1e-30)) for name in names})
     image = axes[0].imshow(sensitivity, aspect="auto", cmap="viridis")
     axes[0].set_title("sensitivity at the fewest bits: log10 of the predicted rise of the loss", fontsize=9)

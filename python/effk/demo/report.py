@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from .steps import Settings
 
 SMOLLM2_CAVEAT = (
-    "smollm2 is published here as a file whose linear layers are already rounded to 4 bits (Q4_1, blocks of 32) and whose "
-    "embedding to 8: every version, bf16 too, starts from those numbers expanded, so all compression is the second one"
+    "the file of smollm2 holds linear layers rounded to 4 bits (Q4_1, blocks of 32) and an embedding in 8: every "
+    "version, bf16 too, starts from those numbers expanded, so every compression here is the second one"
 )
 
 
@@ -83,11 +83,11 @@ class Outcome:
             PERPLEXITY.format(windows=s.windows, context=s.context),
             SPEED.format(new=s.new_tokens, rounds=s.rounds),
             f"{cpu_name()}, kernels of tier {self.isa}, {self.threads} threads, torch {torch.__version__}",
-            f"compressed versions: linear layers in groups of {s.group_size} with products in the {s.compute} form, embedding and "
-            "head in 8 bits, the rest bf16; bits are of the linear layers, true bits count scales, zero points and outliers; "
-            "MB is everything on disk",
-            "RTN rounds to nearest between each group's minimum and maximum; LLM-MQ spends its average of bits where layers are "
-            "sensitive (an average of 4, the most on offer, is 4 everywhere) and keeps outliers",
+            f"compressed versions: linear layers in groups of {s.group_size} with products in the {s.compute} form, "
+            "embedding and head in 8 bits, the rest bf16; bits are of the linear layers, true bits count scales, zero "
+            "points and outliers; MB is everything on disk",
+            "RTN rounds to nearest between each group's minimum and maximum; LLM-MQ spends its average of bits where "
+            "layers are sensitive (an average of 4, the most on offer, is 4 everywhere) and keeps outliers",
             "log rise: of the mean log-loss per token over that of the first version, in hundredths of a nat",
             *self.caveats,
         ]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import hub, isa
 from ..cli.speed import decode_speeds, generate_ids
-from ..compress import Layer, Plan, Progress, Recipe, Report, compress, find_layers, make_plan
+from ..compress import Plan, Progress, Recipe, Report, compress, find_layers, make_plan
 from ..compress.apply import model_bytes
 from ..compress.embedding import find_embedding
 from ..compress.evaluate import perplexity, token_windows
@@ -73,9 +73,8 @@ class Settings:
         """The defaults, with windows no longer than the positions that ``model`` has."""
         limit = getattr(model.config, "max_position_embeddings", None) or cls.context
         longest = min(cls.new_tokens, max(2, limit // 2))
-        return cls(
-            context=min(cls.context, limit), calib_length=min(cls.calib_length, limit), new_tokens=longest, sample_tokens=longest
-        )
+        context, length = min(cls.context, limit), min(cls.calib_length, limit)
+        return cls(context=context, calib_length=length, new_tokens=longest, sample_tokens=longest)
 
 
 def run(
@@ -99,35 +98,39 @@ def run(
     begin = time.perf_counter()
     demo = _Demo(tokenizer, out, settings, say, bars)
     pair, _ = find_embedding(model)
-    shared = {"compute": settings.compute, "embedding_bits": None if pair is None else 8, "group_size": settings.group_size}
+    shared = {"compute": settings.compute, "group_size": settings.group_size}
+    shared["embedding_bits"] = None if pair is None else 8
 
-    say(f"step 2 of {STEPS}: PyTorch in bf16, perplexity of {settings.windows} windows of {settings.context} tokens (about 15 s)")
+    def step(number: int, what: str) -> None:
+        say(f"step {number} of {STEPS}: {what}")
+
+    step(2, f"PyTorch in bf16, perplexity of {settings.windows} windows of {settings.context} tokens (about 15 s)")
     demo.add_dense(copy.deepcopy(model).bfloat16())
 
-    say(f"step 3 of {STEPS}: rounding to nearest with {_join(settings.bits)} bits, saving, loading, perplexity (about 45 s)")
+    step(3, f"rounding to nearest with {_join(settings.bits)} bits, saving, loading, perplexity (about 45 s)")
     for bits in settings.bits:
         recipe = Rtn(bits=bits, mode="asym", **shared)
         demo.add_compressed(f"RTN {bits}-bit", copy.deepcopy(model), recipe)
 
-    say(f"step 4 of {STEPS}: LLM-MQ, the sensitivity of every layer at every bit-width on calibration text (about 2 min)")
-    recipes = [LlmMq(bits=float(bits), scaling=settings.scaling, score_sequences=settings.score_sequences, **shared) for bits in settings.bits]
-    calib = list(
-        token_windows(tokenizer, calibration_text(), settings.calib_length, settings.calib_sequences, spread=True).split(_CALIB_BATCH)
-    )
+    step(4, "LLM-MQ, the sensitivity of every layer at every bit-width on calibration text (about 2 min)")
+    shared |= {"scaling": settings.scaling, "score_sequences": settings.score_sequences}
+    recipes = [LlmMq(bits=float(bits), **shared) for bits in settings.bits]
+    length, count = settings.calib_length, settings.calib_sequences
+    calib = list(token_windows(tokenizer, calibration_text(), length, count, spread=True).split(_CALIB_BATCH))
     scaled = copy.deepcopy(model)
     with bars() as progress:
         first = make_plan(scaled, recipes[-1], calib, progress)
     layers, _ = find_layers(scaled)
 
     plans: dict[str, Plan] = {}
-    for step, recipe in enumerate(recipes, start=5):
+    for number, recipe in enumerate(recipes, start=5):
         name = f"LLM-MQ {recipe.bits:.1f}"
-        say(f"step {step} of {STEPS}: {name} bits on average: allocating, compressing, saving, loading, perplexity (about 1 min)")
+        step(number, f"{name} bits on average: allocating, compressing, saving, loading, perplexity (about 1 min)")
         plans[name] = reallocate(first, recipe, layers)
         demo.add_compressed(name, copy.deepcopy(scaled), recipe, calib, plans[name])
     del scaled
 
-    say(f"step 7 of {STEPS}: decoding speed, {settings.rounds} rounds in turns, and a sample of text from each (about 1 min)")
+    step(7, f"decoding speed, {settings.rounds} rounds in turns, and a sample of text from each (about 1 min)")
     demo.measure_speed()
     outcome = demo.outcome(time.perf_counter() - begin, caveats)
     blocks = {layer.name: layer.block for layer in layers}
@@ -151,7 +154,12 @@ class _Demo:
         self._add("PyTorch bf16", model, Version(megabytes=size / 1e6, nominal_bits=16.0, true_bits=16.0))
 
     def add_compressed(
-        self, name: str, model: PreTrainedModel, recipe: Recipe, calib: list[Tensor] | None = None, plan: Plan | None = None
+        self,
+        name: str,
+        model: PreTrainedModel,
+        recipe: Recipe,
+        calib: list[Tensor] | None = None,
+        plan: Plan | None = None,
     ) -> None:
         """Compress ``model``, save it, load it back from disk, and keep the loaded one."""
         start = time.perf_counter()
@@ -174,14 +182,14 @@ class _Demo:
 
     def _add(self, name: str, model: PreTrainedModel, version: Version) -> None:
         start = time.perf_counter()
+        context, windows = self.settings.context, self.settings.windows
         with self.bars() as progress:
-            value = perplexity(
-                model, self.tokenizer, evaluation_text(), self.settings.context, self.settings.windows, progress=progress
-            )
+            value = perplexity(model, self.tokenizer, evaluation_text(), context, windows, progress=progress)
         self.models[name] = model
         self.versions[name] = dataclasses.replace(version, perplexity=value)
         took = "" if version.compress_seconds is None else f", compressed in {version.compress_seconds:.0f} s"
-        self.say(f"  {name}: {version.megabytes:.0f} MB, perplexity {value:.2f}{took}, evaluated in {time.perf_counter() - start:.0f} s")
+        took += f", evaluated in {time.perf_counter() - start:.0f} s"
+        self.say(f"  {name}: {version.megabytes:.0f} MB, perplexity {value:.2f}{took}")
 
     def measure_speed(self) -> None:
         """Speed of all versions in turns, then a text from each."""
