@@ -20,8 +20,8 @@ from .shapes import BITS, FORMS, MS_AVX2, MS_QUICK, MS_WARM, Case, Shape, cases
 from .timing import FOREIGN_LIMIT, Contender, ForeignCpu, Timing, quiet, summary, take_turns
 
 OP = "wq_linear"
-RETRIES = 2  # of a block with too much foreign CPU
-RETRY_BUDGET_S = 40.0  # for all blocks together
+RETRIES = 1  # of a block with too much foreign CPU
+RETRY_BUDGET_S = 30.0  # for all blocks together
 QUIET_WAIT_S = 4.0
 DENSE_BITS = (16, 32)
 
@@ -120,7 +120,7 @@ def measure_block(
     result: Result,
     say: Callable[[str], None],
 ) -> list[Row]:
-    """Checks, then times the backends of one shape and batch; the quietest of up to 1 + RETRIES attempts counts."""
+    """Checks, then times the backends of one shape and batch; the quietest of its attempts counts."""
     matches = []
     for entry, runner in block:
         runner.bind(m)
