@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from torch import Tensor
 
 from .problem import Oracle, Problem, Rounding
@@ -89,6 +90,20 @@ class CallRunner(Runner):
 
     def outputs(self) -> list[tuple[int, Tensor]]:
         return [(0, self._call(self._x, copy)) for copy in (self._copies[0], self._copies[-1])]
+
+
+def distinct(rows: np.ndarray, copy: int) -> np.ndarray:
+    """A copy that no optimiser can merge with another: rows rolled down by `copy`, and other bits after len(rows) copies.
+
+    Runtimes share equal constants of a graph, and a shared weight is not cold. Only rolled copies can be checked.
+    """
+    rolled = np.roll(rows, copy, 0)
+    return rolled ^ rolled.dtype.type(copy // len(rows)) if copy >= len(rows) else rolled
+
+
+def checkable(rows: int, copies: int) -> tuple[int, int]:
+    """The first copy that `distinct` makes, and the last that is only rolled."""
+    return 0, min(rows, copies) - 1
 
 
 @dataclass

@@ -24,6 +24,7 @@ RETRIES = 1  # of a block with too much foreign CPU
 RETRY_BUDGET_S = 30.0  # for all blocks together
 QUIET_WAIT_S = 4.0
 DENSE_BITS = (16, 32)
+PLAUSIBLE = 1.1  # share of the measured bound; above, something is wrong with the row
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,10 @@ def measure_block(
         timings = {kind: summary(samples[key]) for kind in (COLD, WARM) if (key := f"{i} {kind}") in samples}
         row = make_row(entry, runner, shape, m, plan.threads, COLD, timings[COLD], dram, result.machine, matches[i])
         rows.append(row)
+        if row.roofline > PLAUSIBLE:
+            say(
+                f"implausible: {entry.name} {entry.case} {shape} M={m}: {row.roofline:.2f} of the bound; is its weight cold?"
+            )
         if WARM in timings:
             row.warm_us = timings[WARM].us
             rows.append(

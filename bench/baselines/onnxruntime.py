@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import machine
-from ..backend import Backend, Missing, Runner
+from ..backend import Backend, Missing, Runner, checkable, distinct
 from ..problem import Problem, Quantized, Rounding
 from ..shapes import Shape
 
 NAME = "onnxruntime MatMulNBits"
-ROLL = 16  # copy i has its rows rolled by 16 i, so that no optimiser can merge the constants
 
 
 def backends(shape: Shape, threads: int) -> Iterator[Backend | Missing]:
@@ -63,7 +62,7 @@ class GraphRunner(Runner):
 
     def outputs(self) -> list[tuple[int, Tensor]]:
         self.call()
-        return [(ROLL * i, torch.from_numpy(self._ys[i].numpy())) for i in (0, self.products - 1)]
+        return [(i, torch.from_numpy(self._ys[i].numpy())) for i in checkable(self._n, self.products)]
 
 
 def pack_blocks(weight: Quantized) -> np.ndarray:
@@ -85,8 +84,8 @@ def session(
     nodes, constants = [], []
     for i in range(copies):
         constants += [
-            numpy_helper.from_array(np.roll(blocks, ROLL * i, 0), f"b{i}"),
-            numpy_helper.from_array(np.roll(scales, ROLL * i, 0).reshape(-1), f"s{i}"),
+            numpy_helper.from_array(distinct(blocks, i), f"b{i}"),
+            numpy_helper.from_array(np.roll(scales, i, 0).reshape(-1), f"s{i}"),
         ]
         nodes.append(
             helper.make_node(

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import machine
-from ..backend import Backend, Missing, Runner
+from ..backend import Backend, Missing, Runner, checkable, distinct
 from ..problem import FP16, Problem, Quantized, Rounding
 from ..shapes import Shape
 
 NAME = "openvino MatMul"
-ROLL = 16  # copy i has its rows rolled by 16 i: the plug-in shares equal constants
 
 
 def backends(shape: Shape, threads: int) -> Iterator[Backend | Missing]:
@@ -50,6 +49,7 @@ class GraphRunner(Runner):
         import openvino
 
         self._x_all, self.oracle, self._tensor = problem.x.numpy(), weight.oracle, openvino.Tensor
+        self._n = problem.shape.n
         scales = weight.scales.half().numpy()
         self.nbytes = weight.codes.numel() * weight.bits // 8 + scales.nbytes
         self.products = machine.copies(self.nbytes)
@@ -70,9 +70,8 @@ class GraphRunner(Runner):
 
     def outputs(self) -> list[tuple[int, Tensor]]:
         self.call()
-        return [
-            (ROLL * i, torch.from_numpy(self._request.get_output_tensor(i).data.copy())) for i in (0, self.products - 1)
-        ]
+        copies = checkable(self._n, self.products)
+        return [(i, torch.from_numpy(self._request.get_output_tensor(i).data.copy())) for i in copies]
 
 
 def graph(weight: Quantized, scales: np.ndarray, copies: int) -> object:
@@ -90,10 +89,10 @@ def graph(weight: Quantized, scales: np.ndarray, copies: int) -> object:
     x = ops.parameter([-1, k], openvino.Type.f32, name="x")
     products = []
     for i in range(copies):
-        raw = np.ascontiguousarray(np.roll(signed, ROLL * i, 0)).reshape(-1)
+        raw = np.ascontiguousarray(distinct(signed, i)).reshape(-1)
         tensor = openvino.Tensor(raw, openvino.Shape([n, k // group, group]), kind)
         w = ops.convert(ops.constant(tensor, shared_memory=False), openvino.Type.f16)
-        w = ops.multiply(w, ops.constant(np.roll(scales, ROLL * i, 0).reshape(n, k // group, 1)))
+        w = ops.multiply(w, ops.constant(np.roll(scales, i, 0).reshape(n, k // group, 1)))
         w = ops.convert(ops.reshape(w, ops.constant(np.array([n, k])), False), openvino.Type.f32)
         products.append(ops.matmul(x, w, False, True))
     return openvino.Model(products, [x], "copies")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 import effk
 from bench import baselines, machine, wq_linear
-from bench.backend import Backend, Missing
+from bench.backend import Backend, Missing, checkable, distinct
 from bench.problem import Problem
 from bench.shapes import FORMS, OUTLIERS, Case, Shape
 
@@ -73,3 +74,12 @@ def test_a_missing_competitor_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_groups_that_do_not_divide_k_are_named() -> None:
     missing = baselines.competitors(Shape(64, 576, 128), 1).missing
     assert any("576 is no multiple of 128" in entry.reason for entry in missing)
+
+
+def test_copies_in_one_graph_differ_and_the_checkable_ones_are_rolled() -> None:
+    rows = np.arange(12, dtype=np.uint8).reshape(6, 2)
+    copies = [distinct(rows, i).tobytes() for i in range(20)]
+    assert len(set(copies)) == 20
+    first, last = checkable(6, 20)
+    assert (first, last) == (0, 5) and checkable(6, 3) == (0, 2)
+    assert copies[last] == np.roll(rows, last, 0).tobytes()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 import math
 
-import effk
 import pytest
 import torch
+
+import effk
+from bench import model as runtime
 from effk.compress.passes.rtn import Rtn
 from effk.nn import WqLinear
 from small_models import VOCABULARY, small_model
-
-from bench import model as runtime
 
 
 @pytest.fixture
