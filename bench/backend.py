@@ -93,7 +93,7 @@ class CallRunner(Runner):
 
 
 def distinct(rows: np.ndarray, copy: int) -> np.ndarray:
-    """A copy that no optimiser can merge with another: rows rolled down by `copy`, and other bits after len(rows) copies.
+    """A copy that no optimiser can merge with another: rows rolled down by `copy`, other bits after len(rows) copies.
 
     Runtimes share equal constants of a graph, and a shared weight is not cold. Only rolled copies can be checked.
     """

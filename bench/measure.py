@@ -158,9 +158,7 @@ def measure_block(
         row = make_row(entry, runner, shape, m, plan.threads, COLD, timings[COLD], dram, result.machine, matches[i])
         rows.append(row)
         if row.roofline > PLAUSIBLE:
-            say(
-                f"implausible: {entry.name} {entry.case} {shape} M={m}: {row.roofline:.2f} of the bound; is its weight cold?"
-            )
+            say(f"implausible: {entry.name} {entry.case} {shape} M={m}: {row.roofline:.2f} of the bound; is it cold?")
         if WARM in timings:
             row.warm_us = timings[WARM].us
             rows.append(
