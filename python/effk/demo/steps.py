@@ -48,7 +48,6 @@ class Settings:
         compute: form of the products of all compressed versions.
         calib_sequences, calib_length: calibration windows and their tokens.
         score_sequences: how many of them the sensitivity scores see.
-        scaling: search channel scales first; on SmolLM2 that takes half a minute and does not change the perplexity.
         context, windows: of the perplexity.
         new_tokens, rounds: of the decoding speed.
         prompt, sample_tokens: of the text samples.
@@ -60,7 +59,6 @@ class Settings:
     calib_sequences: int = 16
     calib_length: int = 512
     score_sequences: int = 4
-    scaling: bool = False
     context: int = 1024
     windows: int = 8
     new_tokens: int = 48
@@ -113,7 +111,7 @@ def run(
         demo.add_compressed(f"RTN {bits}-bit", copy.deepcopy(model), recipe)
 
     step(4, "LLM-MQ, the sensitivity of every layer at every bit-width on calibration text (about 2 min)")
-    shared |= {"scaling": settings.scaling, "score_sequences": settings.score_sequences}
+    shared["score_sequences"] = settings.score_sequences
     recipes = [LlmMq(bits=float(bits), **shared) for bits in settings.bits]
     length, count = settings.calib_length, settings.calib_sequences
     calib = list(token_windows(tokenizer, calibration_text(), length, count, spread=True).split(_CALIB_BATCH))
