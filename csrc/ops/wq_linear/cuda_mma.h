@@ -24,17 +24,21 @@ namespace effk::cuda {
 enum class Kind { symmetric, zeros, codebook };
 
 // What is fixed at compile time for a range of m.
-template <int Columns, int Tiles, int Stages, int MaxWarps>
+template <int Columns, int Tiles, int Stages, int MaxWarps, int Blocks = 1>
 struct Shape {
   static constexpr int columns = Columns;     // groups of 8 tokens
   static constexpr int tiles = Tiles;
   static constexpr int stages = Stages;
   static constexpr int max_warps = MaxWarps;
+  static constexpr int blocks = Blocks;       // of a multiprocessor; left to itself, ptxas spills to hold one more
 };
-using Shape8 = Shape<1, 2, 4, 16>;
-using Shape16 = Shape<2, 4, 4, 8>;
+using Shape8 = Shape<1, 2, 4, 16, 2>;
+using Shape16 = Shape<2, 4, 4, 8, 2>;
 using Shape32 = Shape<4, 4, 3, 8>;
 using Shape64 = Shape<8, 2, 2, 8>;
+// Lookups take more registers: fewer warps, fewer tiles, and nothing of its own for 17 to 32 tokens.
+using Shape8Codebook = Shape<1, 2, 4, 8, 2>;
+using Shape16Codebook = Shape<2, 2, 4, 8, 2>;
 
 constexpr int kStageSteps = 2, kStageK = kStageSteps * kStepK;
 constexpr int kMetaScales = 16 * 4, kMetaZeros = 16;                      // bytes a tile and group, at most
@@ -199,7 +203,7 @@ __device__ void sum_outliers(float* sparse, const MmaArgs& p, int row0, int firs
 }
 
 template <class T, int kBits, Kind kKind, class S>
-__global__ void __launch_bounds__(S::max_warps * 32) mma_kernel(const MmaArgs p) {
+__global__ void __launch_bounds__(S::max_warps * 32, S::blocks) mma_kernel(const MmaArgs p) {
   constexpr int kRows = S::tiles * t16::kTileRows;
   EFFK_DYN_SMEM(smem);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
@@ -338,8 +342,7 @@ __global__ void __launch_bounds__(S::max_warps * 32) mma_kernel(const MmaArgs p)
     for (int w = 0; w < warps; ++w) sum += sums[w * panel + i];
     sums[i] = sum;
   }
-  if (ranks > 1) ptx::cluster_sync();
-  else __syncthreads();
+  if (ranks > 1) ptx::cluster_sync();  // one rank: a thread reads back only what it wrote
 
   T* const y = static_cast<T*>(p.y);
   const int own = last - first;
@@ -394,10 +397,14 @@ cudaError_t launch_shape(const MmaArgs& p, const Device& device, cudaStream_t st
 
 template <class T, int kBits, Kind kKind>
 cudaError_t launch_kind(const MmaArgs& p, const Device& device, cudaStream_t stream) {
-  if (p.m <= 8) return launch_shape<T, kBits, kKind, Shape8>(p, device, stream);
-  if (p.m <= 16) return launch_shape<T, kBits, kKind, Shape16>(p, device, stream);
-  if constexpr (kKind != Kind::codebook)  // whose lookups take all the registers of this shape
+  if constexpr (kKind == Kind::codebook) {
+    if (p.m <= 8) return launch_shape<T, kBits, kKind, Shape8Codebook>(p, device, stream);
+    if (p.m <= 16) return launch_shape<T, kBits, kKind, Shape16Codebook>(p, device, stream);
+  } else {
+    if (p.m <= 8) return launch_shape<T, kBits, kKind, Shape8>(p, device, stream);
+    if (p.m <= 16) return launch_shape<T, kBits, kKind, Shape16>(p, device, stream);
     if (p.m <= 32) return launch_shape<T, kBits, kKind, Shape32>(p, device, stream);
+  }
   return launch_shape<T, kBits, kKind, Shape64>(p, device, stream);
 }
 
