@@ -3,7 +3,7 @@
 #   make test    build and run the tests
 #   make build   only build          make bench   measure against other libraries
 #   make fuzz    a million random kernel calls in guarded memory; make sanitize: 100,000 under ASan and UBSan
-#   make lint    check the style     make gpu-check   the tests that need an NVIDIA GPU
+#   make lint    check the style     make gpu-check   the tests that need an NVIDIA GPU; make cuda-all: every architecture
 # Variables: PYTHON, PIP_FLAGS (e.g. an index), PYTEST_FLAGS, and those of setup.py: EFFK_CUDA, EFFK_CUDA_ARCHS, EFFK_JOBS.
 
 PYTHON ?= python3
@@ -16,7 +16,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt setup.py pyproject.to
 # With nvcc, two architectures instead of the seven that a wheel carries: compiling each takes a quarter of a minute.
 export EFFK_CUDA_ARCHS ?= $(if $(shell command -v nvidia-smi),native,80-real;90a-real)
 
-.PHONY: build test demo bench fuzz sanitize lint gpu-check clean
+.PHONY: build test demo bench fuzz sanitize lint gpu-check cuda-all clean
 .DELETE_ON_ERROR:
 
 build: .venv/built
@@ -71,8 +71,18 @@ lint: .venv/installed
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check --diff
 
-gpu-check: build
-	$(BIN)/python tools/gpu_check.py
+# No build step: the machine with the GPU may have no network, and the script builds for itself with what is installed.
+gpu-check:
+	$(PYTHON) tools/gpu_check.py
+
+# Machine code for every architecture (several minutes), and the kernels' registers and spills there.
+cuda-all: .venv/installed
+	$(BIN)/cmake -S . -B build/cuda-all -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DCMAKE_BUILD_TYPE=Release \
+	  -DEFFK_CUDA=ON -DEFFK_CUDA_ARCHS=all -DEFFK_VERSION=0 -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	  -DTORCH_DIR=$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("torch").submodule_search_locations[0])') \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir)
+	$(BIN)/cmake --build build/cuda-all --target effk_cuda
+	EFFK_TEST_PTXAS=build/cuda-all $(BIN)/python -m pytest tests/cuda/test_budget.py
 
 clean:
 	rm -rf .venv build python/effk/*.so

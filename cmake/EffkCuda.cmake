@@ -1,14 +1,16 @@
 # CUDA kernels and their bindings, where nvcc is; and the same sources compiled for the CPU, for tests (csrc/emu).
 #
 #   EFFK_CUDA         AUTO: with nvcc if it is found · ON: nvcc is required · OFF
-#   EFFK_CUDA_ARCHS   a CMAKE_CUDA_ARCHITECTURES list
+#   EFFK_CUDA_ARCHS   a CMAKE_CUDA_ARCHITECTURES list, or "all": machine code for every architecture, for releases
 #   EFFK_CUEMU        also build effk_emu, torch.ops.effk_emu.* on CPU tensors
 # Sets EFFK_HAVE_CUDA and EFFK_CUDA_INFO. No torch header meets nvcc and no CUDA header the bindings, so that any build of
 # torch will do; cudart is linked statically, so that a machine without a driver can still load the library.
 
 set(EFFK_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON or OFF")
-set(EFFK_CUDA_ARCHS "80-real;86-real;89-real;90a-real;100f-real;120f-real;90-virtual" CACHE STRING
-  "Architectures of the CUDA kernels; the virtual one lets the driver compile for later devices")
+# Machine code of 8.0 serves 8.6 and 8.9 too (one major version is binary compatible), and from the code for the virtual
+# 9.0 the driver compiles for later devices when a kernel is first used. Two architectures build in a third of the time.
+set(EFFK_CUDA_ARCHS "80-real;90" CACHE STRING "Architectures of the CUDA kernels: a list, or all")
+set(EFFK_CUDA_ALL "80-real;86-real;89-real;90a-real;100f-real;120f-real;90-virtual")
 option(EFFK_CUEMU "Build the CUDA kernels for the CPU too, for tests" OFF)
 
 set(EFFK_CUDA_INFO "")
@@ -26,13 +28,16 @@ if(NOT CMAKE_CUDA_COMPILER)
 endif()
 
 set(CMAKE_CUDA_ARCHITECTURES ${EFFK_CUDA_ARCHS})
+if(EFFK_CUDA_ARCHS STREQUAL "all")
+  set(CMAKE_CUDA_ARCHITECTURES ${EFFK_CUDA_ALL})
+endif()
 set(CMAKE_CUDA_STANDARD 17)
 set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_VISIBILITY_PRESET hidden)
 enable_language(CUDA)
 find_package(CUDAToolkit REQUIRED)
 set(EFFK_HAVE_CUDA ON)
-string(REPLACE ";" "," archs "${EFFK_CUDA_ARCHS}")
+string(REPLACE ";" "," archs "${CMAKE_CUDA_ARCHITECTURES}")
 set(EFFK_CUDA_INFO "nvcc ${CMAKE_CUDA_COMPILER_VERSION}, architectures ${archs}")
 
 # Of each op with CUDA kernels: csrc/ops/<op>/cuda*.cu and the binding csrc/torch/cuda/<op>.cpp.

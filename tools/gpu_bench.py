@@ -1,7 +1,7 @@
 """Times wq_linear on a CUDA device against torch's fp16 GEMM and the device's copy bandwidth.
 
 Weights are rotated past the L2 cache and calls are replayed from a CUDA graph, as a decoding loop would replay them, so
-that neither launch overhead nor cached weights flatter anybody. Every row carries its error over the bound of tests/wq_cases.
+that neither launch overhead nor cached weights flatter anybody. Every row carries its error over its bound.
 
     python tools/gpu_bench.py OUTPUT.json [--quick]
 """
@@ -60,7 +60,9 @@ class Weights:
         count = max(2, -(-ROTATE // (tiles * chunks * chunk_bytes)))
         self.packed = torch.randint(0, 256, (count, tiles, chunks, chunk_bytes), dtype=torch.uint8, device="cuda")
         self.scales = ((torch.rand(tiles, groups, 16, device="cuda") + 0.5) * 2.0**-7).half()
-        self.zeros = torch.randint(0, 1 << bits, (tiles, groups, 16), dtype=torch.uint8, device="cuda") if zeros else None
+        self.zeros = (
+            torch.randint(0, 1 << bits, (tiles, groups, 16), dtype=torch.uint8, device="cuda") if zeros else None
+        )
         self.sparse: tuple[torch.Tensor | None, ...] = (None, None, None)
         if outliers:
             per_row = round(outliers * k)
@@ -95,31 +97,70 @@ def match(y: torch.Tensor, x: torch.Tensor, weights: Weights) -> float:
     return float(((y.double() - expected).abs() / allowed).max())
 
 
+def copy_gbps() -> float:
+    """Bytes read and written per second by the device's copy of a GiB."""
+    big = torch.empty(2, 1 << 30, dtype=torch.uint8, device="cuda").random_()
+    us, _ = time_us(lambda i: big[i % 2].copy_(big[1 - i % 2]), 4)
+    return 2 * big[0].numel() / us * 1e-3
+
+
 def main() -> None:
     out, quick = Path(sys.argv[1]), "--quick" in sys.argv
     device = torch.cuda.get_device_name()
     rows: list[dict[str, object]] = []
 
-    big = torch.empty(2, 1 << 30, dtype=torch.uint8, device="cuda").random_()
-    us, _ = time_us(lambda i: big[i % 2].copy_(big[1 - i % 2]), 4)
-    copy = 2 * big[0].numel() / us * 1e-3
-    del big
+    copy = copy_gbps()
     print(f"{device}, torch {torch.__version__}: device copy {copy:.0f} GB/s (read + written)", flush=True)
 
-    def add(case: str, backend: str, dtype: torch.dtype, m: int, weights: Weights | None, n: int, k: int, timing: tuple[float, float],
-            moved: int, best: float | None, error: float | None) -> None:  # fmt: skip
+    def add(
+        case: str,
+        backend: str,
+        dtype: torch.dtype,
+        m: int,
+        weights: Weights | None,
+        n: int,
+        k: int,
+        timing: tuple[float, float],
+        moved: int,
+        best: float | None,
+        error: float | None,
+    ) -> None:
         us, spread = timing
-        shape = {"M": m, "N": n, "K": k, "bits": weights.bits if weights else 16, "group": GROUP if weights else 0,
-                 "outliers": 0.005 if weights and weights.sparse[0] is not None else 0.0}  # fmt: skip
-        rows.append({
-            "op": "wq_linear", "case": case, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "isa": device, "threads": None,
-            "backend": backend, "version": torch.__version__, "us": round(us, 3), "us_iqr": round(spread, 3),
-            "gbps": round(moved / us * 1e-3, 1), "gflops": round(2 * m * n * k / us * 1e-3, 1), "roofline": round(moved / us * 1e-3 / copy, 4),
-            "vs_best": None if best is None else round(best / us, 3), "match": None if error is None else round(error, 4),
-        })  # fmt: skip
+        shape = {
+            "M": m,
+            "N": n,
+            "K": k,
+            "bits": weights.bits if weights else 16,
+            "group": GROUP if weights else 0,
+            "outliers": 0.005 if weights and weights.sparse[0] is not None else 0.0,
+        }
+        rows.append(
+            {
+                "op": "wq_linear",
+                "case": case,
+                "shape": shape,
+                "dtype": str(dtype).removeprefix("torch."),
+                "isa": device,
+                "threads": None,
+                "backend": backend,
+                "version": torch.__version__,
+                "us": round(us, 3),
+                "us_iqr": round(spread, 3),
+                "gbps": round(moved / us * 1e-3, 1),
+                "gflops": round(2 * m * n * k / us * 1e-3, 1),
+                "roofline": round(moved / us * 1e-3 / copy, 4),
+                "vs_best": None if best is None else round(best / us, 3),
+                "match": None if error is None else round(error, 4),
+            }
+        )
         row = rows[-1]
-        print(f"{case:22} {backend:6} {n:6}x{k:<6} M {m:<5} {us:9.2f} us {row['gbps']:8} GB/s {row['roofline']:7.1%} of copy"
-              + (f"  x{row['vs_best']:.2f} cuBLAS" if best else "") + (f"  match {row['match']}" if error is not None else ""), flush=True)  # fmt: skip
+        print(
+            f"{case:22} {backend:6} {n:6}x{k:<6} M {m:<5} {us:9.2f} us"
+            f" {row['gbps']:8} GB/s {row['roofline']:7.1%} of copy"
+            + (f"  x{row['vs_best']:.2f} cuBLAS" if best else "")
+            + (f"  match {row['match']}" if error is not None else ""),
+            flush=True,
+        )
 
     for n, k in SHAPES[:2] if quick else SHAPES:
         dense_copies = max(2, -(-ROTATE // (2 * n * k)))
@@ -131,21 +172,42 @@ def main() -> None:
                 timing = time_us(lambda i: torch.nn.functional.linear(x, dense[i % dense_copies]), 2 * dense_copies)  # noqa: B023
                 baseline[m] = timing[0]
                 add("fp16 GEMM", "cublas", dtype, m, None, n, k, timing, 2 * (n * k + m * (n + k)), None, None)
-            del dense
+            dense = x = None  # their memory is needed
             for bits in BITS:
                 cases = [("float", Weights(n, k, bits))]
                 if bits == 4 and dtype == torch.float16:
-                    cases += [("float, 0.5 % outliers", Weights(n, k, bits, outliers=0.005)), ("float, zeros", Weights(n, k, bits, zeros=True))]
+                    cases += [
+                        ("float, 0.5 % outliers", Weights(n, k, bits, outliers=0.005)),
+                        ("float, zeros", Weights(n, k, bits, zeros=True)),
+                    ]
                 for case, weights in cases:
                     for m in ROWS if bits == 4 and case == "float" else (1, 8, 16):
                         x = torch.randn(m, k, device="cuda", dtype=dtype)
-                        call = lambda i: torch.ops.effk.wq_linear(x, *weights.arguments(i), None, *weights.geometry, "float")  # noqa: B023, E731
+
+                        def call(i: int, x: torch.Tensor = x, weights: Weights = weights) -> torch.Tensor:
+                            return torch.ops.effk.wq_linear(x, *weights.arguments(i), None, *weights.geometry, "float")
+
                         error = match(call(0), x, weights)
                         timing = time_us(call, min(2 * len(weights.packed), 40) if m <= 64 else 4)
-                        add(case, "effk", dtype, m, weights, n, k, timing, weights.bytes() + 2 * m * (n + k), baseline[m], error)
-                del cases, weights
+                        add(
+                            case,
+                            "effk",
+                            dtype,
+                            m,
+                            weights,
+                            n,
+                            k,
+                            timing,
+                            weights.bytes() + 2 * m * (n + k),
+                            baseline[m],
+                            error,
+                        )
+                cases = weights = call = None
         torch.cuda.empty_cache()
-    out.write_text(json.dumps({"device": device, "torch": torch.__version__, "copy_gbps": round(copy, 1), "rows": rows}, indent=1) + "\n")
+    out.write_text(
+        json.dumps({"device": device, "torch": torch.__version__, "copy_gbps": round(copy, 1), "rows": rows}, indent=1)
+        + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Builds, tests and measures the CUDA half of effk on a machine with an NVIDIA GPU; ``make gpu-check`` runs it.
 
-Needs nvcc, CMake, Ninja, pybind11, a CUDA build of torch 2.11 or later and pytest, and no network. It installs nothing: the
-package is assembled under build/gpu. Every step has a time limit, all of them together stay below nine minutes, and a
-step that fails does not stop the later ones.
+Needs nvcc, CMake, Ninja, pybind11, a CUDA build of torch 2.11 or later and pytest, and no network. It installs nothing:
+the package is assembled under build/gpu. Every step has a time limit, all of them together stay below nine minutes, and
+a step that fails does not stop the later ones.
 
     python tools/gpu_check.py [--out FOLDER] [--lab] [--skip STEP ...]
 
-Writes to FOLDER (default build/gpu/results): report.txt, report.json, bench.json, primitives.txt (what the GPU's instructions
-returned: the file to commit as tests/cuda/golden/primitives.txt), and the logs of the steps.
+Writes to FOLDER (default build/gpu/results): report.txt, report.json, bench.json, primitives.txt (what the GPU's
+instructions returned: to be committed as tests/cuda/golden/<gpu>.txt), and the logs of the steps.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -37,7 +38,14 @@ class Check:
     def __init__(self, out: Path, skip: list[str]) -> None:
         self.out, self.skip, self.start = out, skip, time.monotonic()
         self.steps: list[dict[str, object]] = []
-        self.env = dict(os.environ, PYTHONPATH=str(PACKAGE), EFFK_TEST_GPU_ONLY="1", PYTHONUNBUFFERED="1")
+        self.env = dict(
+            os.environ,
+            PYTHONPATH=str(PACKAGE),
+            PYTHONUNBUFFERED="1",
+            EFFK_TEST_GPU_ONLY="1",
+            EFFK_TEST_PTXAS=str(BUILD / "cmake"),
+            EFFK_TEST_PRIMITIVES=str(out / "primitives.txt"),
+        )
         if "CUDACXX" not in self.env and shutil.which("nvcc") is None:
             self.env["CUDACXX"] = "/usr/local/cuda/bin/nvcc"
         self.nvcc = self.env.get("CUDACXX", "nvcc")
@@ -52,11 +60,10 @@ class Check:
             for command in commands:
                 try:
                     allowed = min(limit - (time.monotonic() - began), LIMIT_S - (time.monotonic() - self.start))
-                    if stdout:
-                        with open(stdout, "w") as file:
-                            code = subprocess.run(command, stdout=file, stderr=log, env=self.env, cwd=ROOT, timeout=allowed).returncode
-                    else:
-                        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=self.env, cwd=ROOT, timeout=allowed).returncode
+                    with open(stdout, "w") if stdout else nullcontext(log) as file:
+                        code = subprocess.run(
+                            command, stdout=file, stderr=log, env=self.env, cwd=ROOT, timeout=allowed
+                        ).returncode
                 except subprocess.TimeoutExpired:
                     verdict = "time limit"
                     break
@@ -95,13 +102,21 @@ def assemble_package(version: str) -> None:
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: effk\nVersion: {version}\n")
 
 
+def architectures() -> str:
+    """Of the first GPU, unless the environment says otherwise."""
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return os.environ.get("EFFK_CUDA_ARCHS", "90a-real" if (major, minor) == (9, 0) else f"{major}{minor}-real")
+
+
 def build_commands(version: str) -> list[list[str]]:
     definitions = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_INSTALL_PREFIX": PACKAGE,
         "EFFK_VERSION": version,
         "EFFK_CUDA": "ON",
-        "EFFK_CUDA_ARCHS": os.environ.get("EFFK_CUDA_ARCHS", "90a-real"),
+        "EFFK_CUDA_ARCHS": architectures(),
         "Python_EXECUTABLE": sys.executable,
         "TORCH_DIR": folder("torch"),
         "pybind11_DIR": folder("pybind11") / "share" / "cmake" / "pybind11",
@@ -118,18 +133,57 @@ def build_commands(version: str) -> list[list[str]]:
 
 
 def nvcc(check: Check, output: str, *sources: str, libraries: list[str] | None = None) -> list[str]:
-    arch = os.environ.get("EFFK_CUDA_ARCHS", "90a-real").split(";")[0].removesuffix("-real")
-    return [check.nvcc, "-O3", "-std=c++17", "--expt-relaxed-constexpr", f"-gencode=arch=compute_{arch},code=sm_{arch}", "-lineinfo",
-            f"-I{ROOT}/csrc", "-o", str(BUILD / output), *(str(ROOT / s) for s in [*sources, *(libraries or [])])]  # fmt: skip
+    arch = architectures().split(";")[0].removesuffix("-real")
+    return [
+        check.nvcc,
+        "-O3",
+        "-std=c++17",
+        "--expt-relaxed-constexpr",
+        f"-gencode=arch=compute_{arch},code=sm_{arch}",
+        "-lineinfo",
+        f"-I{ROOT}/csrc",
+        "-o",
+        str(BUILD / output),
+        *(str(ROOT / s) for s in [*sources, *(libraries or [])]),
+    ]
+
+
+def unfit() -> str | None:
+    """Why this machine cannot run the check, or None."""
+    if importlib.util.find_spec("torch") is None:
+        return f"{sys.executable} has no torch: install a CUDA build of torch 2.11 or later, or pass PYTHON=... to make"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA: install a CUDA build of torch 2.11 or later"
+    if not torch.cuda.is_available():
+        return "torch sees no NVIDIA GPU"
+    if not (os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")):
+        return "nvcc was not found: put it on PATH or set CUDACXX"
+    return None
+
+
+def describe(primitives: Path, info: dict[str, object]) -> None:
+    """Puts the machine above the recorded words, as tests/cuda/test_primitives.py expects it."""
+    if primitives.exists():
+        primitives.write_text(f"# {info['gpu']} · {info['driver']} · {info['date']}\n{primitives.read_text()}")
 
 
 def machine() -> dict[str, object]:
     import torch
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    smi = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which("nvidia-smi") else "nvidia-smi not found"
-    return {"date": date.today().isoformat(), "gpu": torch.cuda.get_device_name(), "driver": smi, "torch": torch.__version__,
-            "python": platform.python_version(), "sms": torch.cuda.get_device_properties(0).multi_processor_count}  # fmt: skip
+    smi = "nvidia-smi not found"
+    if shutil.which(query[0]):
+        smi = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    return {
+        "date": date.today().isoformat(),
+        "gpu": torch.cuda.get_device_name(),
+        "driver": smi,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "sms": torch.cuda.get_device_properties(0).multi_processor_count,
+    }
 
 
 def bars(bench: dict[str, object]) -> list[str]:
@@ -143,15 +197,17 @@ def bars(bench: dict[str, object]) -> list[str]:
 
     for n, k in ((8192, 8192), (4096, 14336)):
         if row := at.get((n, k, 4, 1)):
-            line(row["roofline"] >= 0.85, f"M 1, 4 bits, {n}x{k}: {row['roofline']:.1%} of device-copy bandwidth, bar 85 %")
+            line(row["roofline"] >= 0.85, f"M 1, 4 bits, {n}x{k}: {row['roofline']:.1%} of the device copy, bar 85 %")
         times = [at[n, k, b, 1]["us"] for b in (2, 3, 4) if (n, k, b, 1) in at]
         if len(times) == 3:
-            line(times[0] < times[1] < times[2], f"{n}x{k}: time at 2, 3, 4 bits: {times[0]:.2f} < {times[1]:.2f} < {times[2]:.2f} us")
+            text = " < ".join(f"{t:.2f}" for t in times)
+            line(times[0] < times[1] < times[2], f"{n}x{k}: time at 2, 3, 4 bits: {text} us")
         if row := at.get((n, k, 4, 16)):
             line(row["vs_best"] >= 3.2, f"M 16, 4 bits, {n}x{k}: {row['vs_best']:.2f} times cuBLAS fp16, bar 3.2")
     for key, row in sorted(at.items()):
         if row["vs_best"] < 1.0:
-            line(False, f"slower than cuBLAS fp16: {row['vs_best']:.2f} times at {key[0]}x{key[1]}, {key[2]} bits, M {key[3]}")
+            n, k, bits, m = key
+            line(False, f"slower than cuBLAS fp16: {row['vs_best']:.2f} times at {n}x{k}, {bits} bits, M {m}")
     if all(r["vs_best"] >= 1.0 for r in rows):
         line(True, "never slower than cuBLAS fp16")
     worst = max((r["match"] for r in bench["rows"] if r["match"] is not None), default=0.0)
@@ -166,14 +222,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a shorter bench")
     parser.add_argument("--skip", nargs="*", default=[], help="steps to leave out")
     args = parser.parse_args()
+
+    if reason := unfit():
+        raise SystemExit(f"gpu-check: {reason}; nothing was checked. What needs no GPU is tested by make test.")
     args.out.mkdir(parents=True, exist_ok=True)
     args.out = args.out.resolve()
     BUILD.mkdir(parents=True, exist_ok=True)
-
-    import torch
-
-    if not torch.cuda.is_available():
-        raise SystemExit("gpu-check: torch sees no CUDA device")
     info = machine()
     print(" · ".join(f"{k} {v}" for k, v in info.items()), flush=True)
     check = Check(args.out, args.skip)
@@ -182,22 +236,41 @@ def main() -> int:
     kernels = str((BUILD / "cmake" / "libeffk_cuda.a").relative_to(ROOT))
 
     check.run("build", build_commands(version), 240)
-    check.run("build_driver", [nvcc(check, "driver", "tests/cuda/driver.cpp", "csrc/ops/wq_linear/pack.cpp", libraries=[kernels])], 120)
-    check.run("primitives", [nvcc(check, "primitives", "tests/cuda/primitives.cu"), [str(BUILD / "primitives")]], 60,
-              stdout=args.out / "primitives.txt")  # fmt: skip
+    check.run(
+        "build_driver",
+        [nvcc(check, "driver", "tests/cuda/driver.cpp", "csrc/ops/wq_linear/pack.cpp", libraries=[kernels])],
+        120,
+    )
+    check.run(
+        "primitives",
+        [nvcc(check, "primitives", "tests/cuda/primitives.cu"), [str(BUILD / "primitives")]],
+        60,
+        stdout=args.out / "primitives.txt",
+    )
+    describe(args.out / "primitives.txt", info)
     check.run("driver", [[str(BUILD / "driver")]], 60)
     if args.lab:
         check.run("lab", [nvcc(check, "lab", "bench/lab/cuda_wq_linear.cu"), [str(BUILD / "lab")]], 150)
     check.run("tests", [[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda"]], 120)
-    bench_ok = check.run("bench", [[sys.executable, "tools/gpu_bench.py", str(args.out / "bench.json"), *(["--quick"] if args.quick else [])]], 180)
+    bench_ok = check.run(
+        "bench",
+        [[sys.executable, "tools/gpu_bench.py", str(args.out / "bench.json"), *(["--quick"] if args.quick else [])]],
+        180,
+    )
     if sanitizer := shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer"):
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
-            check.run(f"sanitizer_{tool}", [[sanitizer, "--tool", tool, "--error-exitcode", "3", str(BUILD / "driver"), "4"]], 60)
+            check.run(
+                f"sanitizer_{tool}",
+                [[sanitizer, "--tool", tool, "--error-exitcode", "3", str(BUILD / "driver"), "4"]],
+                60,
+            )
     else:
         check.run("sanitizer", [["compute-sanitizer"]], 1)
 
-    sections = ["gpu-check\n" + "\n".join(f"  {k}: {v}" for k, v in info.items()),
-                "\n".join(f"{s['step']:22} {s['verdict']:28} {s['seconds']:6.1f} s" for s in check.steps)]  # fmt: skip
+    sections = [
+        "gpu-check\n" + "\n".join(f"  {k}: {v}" for k, v in info.items()),
+        "\n".join(f"{s['step']:22} {s['verdict']:28} {s['seconds']:6.1f} s" for s in check.steps),
+    ]
     report: dict[str, object] = {"machine": info, "steps": check.steps}
     if bench_ok:
         bench = json.loads((args.out / "bench.json").read_text())

@@ -83,6 +83,7 @@ struct Scheduler {
   int block_threads = 0, threads = 0;              // of one block, of the cluster
   std::vector<int> in_block;                       // threads of a block at its barrier
   int in_cluster = 0;
+  std::vector<int> exited;                         // threads of a block that have ended
   const std::function<void()>* body = nullptr;
   std::string error;
 
@@ -133,6 +134,9 @@ extern "C" void cuemu_entry() {
     if (s.error.empty()) s.error = e.what();
   }
   f.state = State::done;
+  // With its last thread a block's shared memory is gone, also for peers that have not finished reading it.
+  const int block = f.thread.block;
+  if (++s.exited[block] == s.block_threads) std::memset(s.smem[block], 0xff, s.smem_bytes);
   leave(f, true);
   __builtin_trap();
 }
@@ -199,7 +203,7 @@ void resume(int i) {
 }
 
 void run_cluster(dim3 grid, dim3 block, int cluster, const std::vector<uint3>& blocks, const std::vector<int>& warps,
-                 const std::vector<int>& lanes) {
+                 const std::vector<int>& lanes, bool interleaved) {
   s.block_threads = int(block.x * block.y * block.z);
   s.threads = s.block_threads * cluster;
   make_stacks(s.threads);
@@ -207,6 +211,7 @@ void run_cluster(dim3 grid, dim3 block, int cluster, const std::vector<uint3>& b
   s.gatherings.assign(s.threads / kWarp, {});
   s.in_block.assign(cluster, 0);
   s.in_cluster = 0;
+  s.exited.assign(cluster, 0);
   for (unsigned char* p : s.smem) std::memset(p, 0xff, s.smem_bytes);
   for (int i = 0; i < s.threads; ++i) {
     Thread& t = s.fibers[i].thread;
@@ -223,7 +228,8 @@ void run_cluster(dim3 grid, dim3 block, int cluster, const std::vector<uint3>& b
     prepare(i);
   }
   // A warp runs until all its lanes wait for other warps or have exited, then the next one: each gets as far ahead of the
-  // others as the barriers allow, which is what exposes a missing one.
+  // others as the barriers allow, which is what exposes a missing one. Interleaved, it runs to its next collective only,
+  // which exposes warps that use the same memory at the same time.
   for (bool progress = true; progress;) {
     progress = false;
     for (int w : warps)
@@ -232,7 +238,8 @@ void run_cluster(dim3 grid, dim3 block, int cluster, const std::vector<uint3>& b
         for (int lane : lanes) {
           const int i = w * kWarp + lane;
           if (s.fibers[i].state != State::ready) continue;
-          progress = again = true;
+          progress = true;
+          again = !interleaved;
           resume(i);
         }
       }
@@ -250,12 +257,16 @@ void run_cluster(dim3 grid, dim3 block, int cluster, const std::vector<uint3>& b
   }
 }
 
+std::string order_name() {
+  const char* const env = std::getenv("CUEMU_ORDER");
+  return env ? env : "fwd";
+}
+
 // Indices 0..n-1 in the order that CUEMU_ORDER asks for; `what` keeps the shuffles of warps and lanes apart.
 std::vector<int> ordered(int n, unsigned what) {
   std::vector<int> order(n);
   std::iota(order.begin(), order.end(), 0);
-  const char* env = std::getenv("CUEMU_ORDER");
-  const std::string name = env ? env : "fwd";
+  const std::string name = order_name();
   if (name == "fwd") return order;
   if (name == "rev") {
     std::reverse(order.begin(), order.end());
@@ -364,6 +375,7 @@ void run_grid(dim3 grid, dim3 block, size_t smem, int cluster, const std::functi
   const SharedMemory memory(cluster, smem);
   s.body = &body;
   const int rows = int(grid.y * grid.z) / cluster;
+  const bool interleaved = order_name() != "fwd" && order_name() != "rev";
   const std::vector<int> warps = ordered(int(block_threads / kWarp) * cluster, 1), lanes = ordered(kWarp, 2);
   for (int i : ordered(int(grid.x) * rows, 3)) {
     std::vector<uint3> blocks;
@@ -371,7 +383,7 @@ void run_grid(dim3 grid, dim3 block, size_t smem, int cluster, const std::functi
       const unsigned row = i / grid.x * cluster + rank;
       blocks.push_back(make_uint3(i % grid.x, row % grid.y, row / grid.y));
     }
-    run_cluster(grid, block, cluster, blocks, warps, lanes);
+    run_cluster(grid, block, cluster, blocks, warps, lanes, interleaved);
   }
 }
 

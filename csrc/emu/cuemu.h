@@ -3,7 +3,7 @@
 // Every CUDA thread is a fiber. It runs until a collective (barrier, shuffle, vote, mma, ldmatrix) and goes on when the
 // last participant has arrived; in between, a warp runs as far ahead of the others as the barriers let it. So a missing
 // barrier shows as a result that depends on the order of threads, which the environment chooses:
-//   CUEMU_ORDER = fwd | rev | <seed>    order of lanes, warps and blocks
+//   CUEMU_ORDER = fwd | rev | <seed>    order of lanes, warps and blocks; with a seed, warps also take turns
 // Device memory is host memory and dynamic shared memory has its exact size, so that ASan and UBSan see every access;
 // both shared memory and the targets of unfinished asynchronous copies hold NaN.
 // Not modelled: bank conflicts, coalescing, register limits, weak memory order between collectives, wgmma, TMA, spinning

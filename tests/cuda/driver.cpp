@@ -221,13 +221,13 @@ std::vector<Case> cases() {
     all.push_back({bits, 0, 47, 232, 5, DType::f16, false, table, table, true});
     all.push_back({bits, 256, 130, 640, 11, DType::bf16, false, false, false, true});
     all.push_back({bits, 128, 5, 136, 16, DType::f16, true, false, false, false, true});
-    all.push_back({bits, 32, 48, 100, 19, DType::bf16, true, false, false, true, false, true, 1});
+    all.push_back({bits, 32, 48, 100, 19, DType::bf16, true, false, false, true, false, true});
     all.push_back({bits, 64, 65, 256, 32, DType::f16});
-    all.push_back({bits, 64, 40, 200, 33, DType::f16, false, table, false, false, true});
+    all.push_back({bits, 64, 40, 200, 33, DType::f16, false, table, false, false, true, false, 1});
     all.push_back({bits, 128, 31, 192, 64, DType::bf16});
     all.push_back({bits, 64, 32, 1536, 4, DType::f16, false, false, false, true});
     all.push_back({bits, 128, 24, 4160, 2, DType::bf16, true, false, false, true});        // two blocks share K
-    all.push_back({bits, 128, 16, 4160, 12, DType::f16, false, false, false, true, false, true});  // four
+    all.push_back({bits, 128, 61, 4160, 12, DType::f16, false, false, false, true, false, true});  // four
     all.push_back({bits, 128, 1, 7, 1, DType::f16, false, false, false, false, false, false, 3});
   }
   return all;

@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wq_cases import BITS, DTYPES, SIGNIFICANT_BITS, bound, check, kinds, random_input, random_weight
 
 import effk
 from effk.formats.wq import GROUP_SIZES, WqWeight
 from effk.ops import wq_linear as wq
+from wq_cases import BITS, DTYPES, SIGNIFICANT_BITS, bound, check, kinds, random_input, random_weight
 
 EMULATION = Path(effk.__file__).parent / "effk_emu.so"
 MAX_ROWS = 64  # cuda::kMaxRows: above it, and for fp32, the weight is dequantised and torch multiplies
@@ -144,7 +144,8 @@ def test_x_of_any_shape_and_place(backend: Backend) -> None:
     assert torch.equal(backend.linear(x.reshape(3, 4, 96), packed), y.reshape(3, 4, 20))
     assert torch.equal(backend.linear(x[0], packed), backend.linear(x[:1], packed)[0])
     assert torch.equal(backend.linear(x.T.contiguous().T, packed), y)
-    shifted = torch.empty(12 * 96 + 1, dtype=x.dtype, device=backend.device)[1:].view(12, 96).copy_(x)  # off 16-byte alignment
+    # off 16-byte alignment
+    shifted = torch.empty(12 * 96 + 1, dtype=x.dtype, device=backend.device)[1:].view(12, 96).copy_(x)
     tensors = [backend.move(t) for t in packed.tensors]
     assert torch.equal(backend.ops.wq_linear(shifted, *tensors, None, *packed.geometry, "float").cpu(), y)
     assert backend.linear(x[:0], packed).shape == (0, 20)
@@ -173,7 +174,11 @@ def test_dequantize_and_backward(backend: Backend, bits: int) -> None:
             grad = random_input(6, 37, dtype)
             got = backend.ops.wq_linear_backward(backend.move(grad), *tensors, *packed.geometry).cpu()
             magnitude = grad.double().abs() @ expected.abs() + grad.double().abs() @ wq.outlier_matrix(weight).abs()
-            check(got, grad.double() @ expected, 6 * 2.0 ** -SIGNIFICANT_BITS[dtype] * magnitude + 40 * 2.0**-23 * magnitude + 1e-7)
+            check(
+                got,
+                grad.double() @ expected,
+                6 * 2.0 ** -SIGNIFICANT_BITS[dtype] * magnitude + 40 * 2.0**-23 * magnitude + 1e-7,
+            )
 
 
 def test_multi_linear(backend: Backend) -> None:
@@ -246,7 +251,10 @@ class TestOnGpu:
         self.tensors = [None if t is None else t.cuda() for t in packed.tensors]
         return torch.ops.effk.wq_linear(x, *self.tensors, None, *packed.geometry, "float")
 
-    @pytest.mark.parametrize(("m", "dtype"), [(1, torch.float16), (16, torch.bfloat16), (64, torch.float16), (200, torch.float16), (3, torch.float32)])
+    @pytest.mark.parametrize(
+        ("m", "dtype"),
+        [(1, torch.float16), (16, torch.bfloat16), (64, torch.float16), (200, torch.float16), (3, torch.float32)],
+    )
     def test_graph(self, m: int, dtype: torch.dtype) -> None:
         """A captured call gives the eager result, also for inputs that arrive after the capture."""
         weight = random_weight(256, 1024, 4, 128, outliers=0.005)
@@ -319,7 +327,13 @@ class TestOnGpu:
     def test_mixed_devices(self) -> None:
         packed = wq.pack(random_weight(20, 96))
         with pytest.raises(RuntimeError, match="on cuda:0, got .*on cpu"):
-            torch.ops.effk.wq_linear(torch.zeros(2, 96), *(None if t is None else t.cuda() for t in packed.tensors), None, *packed.geometry, "float")
+            torch.ops.effk.wq_linear(
+                torch.zeros(2, 96),
+                *(None if t is None else t.cuda() for t in packed.tensors),
+                None,
+                *packed.geometry,
+                "float",
+            )
 
     def test_second_device(self) -> None:
         if torch.cuda.device_count() < 2:

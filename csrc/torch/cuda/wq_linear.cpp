@@ -79,7 +79,7 @@ Tensor library_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bi
 
 void check_compute(const char* op, const std::string& compute) {
   EFFK_CHECK(parse_compute(op, compute) == Compute::fp, op, ": compute: expected 'float' for CUDA tensors, got 'int8': the int8 form ",
-             "is a CPU form; on CUDA 'float' is exact in the weights and not slower");
+             "is a CPU form; 'float' keeps the weights exact");
 }
 
 Tensor linear_checked(const char* op, const Input& x, const Home& home, const DeviceWeight& d, const OptionalTensor& bias,
