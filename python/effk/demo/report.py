@@ -113,7 +113,9 @@ class Outcome:
 
     def text(self) -> list[RenderableType]:
         """For a terminal: the table, the samples, the notes."""
-        table = Table(*self.HEADER, box=SIMPLE_HEAD)
+        table = Table(box=SIMPLE_HEAD)
+        for index, heading in enumerate(self.HEADER):
+            table.add_column(heading, no_wrap=True, justify="right" if index else "left")
         for row in self.rows():
             table.add_row(*row)
         samples = [f"{name}: {version.sample}" for name, version in self.versions.items()]
