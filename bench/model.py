@@ -87,16 +87,16 @@ def measure(runtimes: list[Runtime], threads: int, rounds: int, console: Console
             runtime.decode(2)
             token = (runtime.decode(NEW) - runtime.decode(1)) / (NEW - 1)
             runtime.prefill()
-            seconds.setdefault((runtime.label, "decode"), []).append(token)
-            seconds.setdefault((runtime.label, "prefill"), []).append(runtime.prefill() / PROMPT)
+            seconds.setdefault((id(runtime), "decode"), []).append(token)
+            seconds.setdefault((id(runtime), "prefill"), []).append(runtime.prefill() / PROMPT)
     console.log(f"foreign CPU while measuring: {foreign.share():.1%} of a core")
     probe = machine.DramProbe(threads)
     dram = statistics.median(probe.read() for _ in range(20))
     rows = []
     for kind in ("decode", "prefill"):
-        base = statistics.median(seconds[runtimes[0].label, kind])
+        base = statistics.median(seconds[id(runtimes[0]), kind])
         for runtime in runtimes:
-            times = [s * 1e6 for s in seconds[runtime.label, kind]]
+            times = [s * 1e6 for s in seconds[id(runtime), kind]]
             us = statistics.median(times)
             spread = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [us] * 3
             gbps = runtime.nbytes / us / 1e3 if kind == "decode" else None
@@ -215,8 +215,10 @@ def llama_runtimes(ids: Tensor, threads: int, quick: bool, console: Console) -> 
     if importlib.util.find_spec("llama_cpp") is None:
         raise ImportError("llama-cpp-python is not installed")
     import llama_cpp
+    from llama_cpp._logger import set_verbose
     from transformers import AutoModelForCausalLM
 
+    set_verbose(False)
     files = {"Q4_1": smollm2_path()}
     folder = tempfile.TemporaryDirectory()
     if not quick:
