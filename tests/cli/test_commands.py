@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 
 import effk as package
 from effk import isa
@@ -112,3 +113,20 @@ def test_the_program_and_the_module_are_the_same_command() -> None:
         ran = subprocess.run([*command, "info", "--json"], capture_output=True, text=True, timeout=120)
         assert ran.returncode == 0, ran.stderr
         assert json.loads(ran.stdout)["build"]["version"] == package.__version__
+
+
+def test_bench_passes_options_on_and_returns_the_rows(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    (folder / "__main__.py").write_text(
+        "import json, sys\n"
+        "print('a table')\n"
+        "target = sys.argv[sys.argv.index('--json') + 1]\n"
+        "open(target, 'w').write(json.dumps({'op': sys.argv[2]}) + '\\n')\n",
+        encoding="utf-8",
+    )
+    with pytest.raises(typer.Exit) as ended:
+        bench._full(tmp_path, ["--op", "wq_linear"], True)
+    assert ended.value.exit_code == 0
+    output = capfd.readouterr()
+    assert json.loads(output.out) == [{"op": "wq_linear"}] and "a table" in output.err
