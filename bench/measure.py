@@ -223,6 +223,9 @@ def machine_rows(result: Result) -> list[Row]:
 
     add("DRAM read, before", "", m.dram_gbps, None)
     add("DRAM read between the rows", "", statistics.median(result.dram), None)
+    if result.foreign:
+        median, worst = statistics.median(result.foreign), max(result.foreign)
+        add(f"foreign CPU: median {median:.1%}, worst block {worst:.1%} of a core", "", None, None)
     for level, gbps in m.cache_gbps.items():
         add(f"{level} read", "", gbps, None)
     for what, by_tier in m.peaks.items():

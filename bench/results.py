@@ -68,10 +68,11 @@ def conditions(rows: Sequence[Row]) -> Iterator[str]:
     limits = [r for r in rows if r.op == "machine"]
     if limits:
         seen: dict[str, list[float]] = {}  # runs of single shapes measured the machine once each
-        for r in limits:
+        notes = [r.case for r in limits if not (r.gbps or r.gflops)]
+        for r in (r for r in limits if r.gbps or r.gflops):
             name = f"{r.case} ({r.isa})" if r.isa else r.case
             seen.setdefault(f"{name}, {'GB/s' if r.gbps else 'GFLOP/s'}:", []).append(r.gbps or r.gflops)
-        parts = [f"{name} {figure(statistics.median(values), 4)}" for name, values in seen.items()]
+        parts = [f"{name} {figure(statistics.median(values), 4)}" for name, values in seen.items()] + notes
         yield f"{limits[0].backend}: " + "; ".join(parts) + "."
 
 
