@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-import os
 import sys
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -94,8 +95,6 @@ def open_model(name: str, dtype: torch.dtype | None = None) -> Opened:
         ValueError: MODEL names nothing that can be loaded.
         FileNotFoundError: ``smollm2`` without its package.
     """
-    if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read when transformers imports it: bars in a log are noise
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -105,7 +104,9 @@ def open_model(name: str, dtype: torch.dtype | None = None) -> Opened:
     if name == "smollm2" and not folder.exists():
         smollm2_path()  # refuses, before the wait is announced
         say("loading SmolLM2-135M-Instruct (about 15 s)")
-        model, tokenizer = smollm2(dtype or torch.bfloat16)
+        # transformers draws bars while it reads GGUF files, and has no switch for them; in a log they are noise.
+        with nullcontext() if sys.stderr.isatty() else redirect_stderr(io.StringIO()):
+            model, tokenizer = smollm2(dtype or torch.bfloat16)
         return Opened(model, tokenizer, False, torch.bfloat16)
     config = read_config(folder)
     say(f"loading {folder}")
