@@ -100,7 +100,7 @@ def test_every_line_is_used(kernels: list[Kernel]) -> None:
 def test_an_excess_is_seen() -> None:
     """The reader of reports is tested on one that breaks every rule."""
     (kernel,) = parse(
-        "ptxas info    : Compiling entry function 'void effk::mma_kernel<__half, 4, effk::Shape<1, 2, 4, 16> >(Args)' for 'sm_90a'\n"
+        "ptxas info    : Compiling entry function 'void effk::mma_kernel<__half, 4, effk::Shape<1, 2, 4, 16, 2> >(Args)' for 'sm_90a'\n"
         "ptxas info    : Function properties for void effk::mma_kernel\n"
         "    16 bytes stack frame, 12 bytes spill stores, 24 bytes spill loads\n"
         "ptxas info    : Used 72 registers, used 1 barriers, 16 bytes smem, 504 bytes cmem[0]\n"
