@@ -56,7 +56,7 @@ class Settings:
     bits: tuple[int, ...] = (4, 3)
     group_size: int = 64
     compute: str = "int8"
-    calib_sequences: int = 16
+    calib_sequences: int = 8
     calib_length: int = 512
     score_sequences: int = 4
     context: int = 1024
@@ -123,7 +123,7 @@ def run(
     plans: dict[str, Plan] = {}
     for number, recipe in enumerate(recipes, start=5):
         name = f"LLM-MQ {recipe.bits:.1f}"
-        step(number, f"{name} bits on average: allocating, compressing, saving, loading, perplexity (about 1 min)")
+        step(number, f"{name} bits on average: allocating, compressing, saving, loading, perplexity (about 1.5 min)")
         plans[name] = reallocate(first, recipe, layers)
         demo.add_compressed(name, copy.deepcopy(scaled), recipe, calib, plans[name])
     del scaled
