@@ -66,7 +66,7 @@ struct Kernel {
   Form form;
   const char* name;
   int block_rows;              // of gemm
-  int gemv_rows;               // gemv takes up to this many rows of x, as one block
+  int gemv_rows;               // gemv takes up to this many rows of x, as one block; 0: there is no gemv
   int gemv_tiles, gemm_tiles;
   void (*prepare)(const void* x, DType dtype, int block, const Rows& rows);
   void (*gemv)(const Tile&);   // results stay in registers over all of K; no codebooks in the int8 form, none per row
