@@ -16,7 +16,7 @@ from torch import Tensor
 from .rtn import decode, round_to_nearest
 
 _ALPHAS = tuple(i / 20 for i in range(20))
-_ROWS = 192  # rows of each weight that the search looks at, evenly spaced: the exponent hardly depends on the rest
+_ROWS = 192  # rows of each weight that the search looks at, evenly spaced: one exponent serves them all, so a sample is enough
 _MIN_CHANNEL = 1e-4  # relative to the mean channel: a channel that never fires must not get an extreme scale
 
 

@@ -86,7 +86,7 @@ def search_grid(
         mode: one of :data:`MODES`.
         importance: non-negative ``[K]`` or ``[N, K]`` error weights of the two searches; None means ones.
         mask: bool ``[N, K]``, True where a weight is stored elsewhere.
-        quick: search a third of the candidates, as a start for :mod:`.refine`; the error is about 1 % higher.
+        quick: search a third of the candidates, as a start for :mod:`.refine`; the error is up to 3 % higher.
 
     Raises:
         ValueError: a shape, mode or bit-width is not legal, or the weight holds NaN or Inf.
