@@ -39,7 +39,7 @@ build: .venv/built
 	@$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-test: build
+test: build .venv/model
 	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
 
 .venv/model: .venv/installed
