@@ -3,6 +3,6 @@
 The operations themselves are ``torch.ops.effk.<op>``; importing :mod:`effk` has registered them.
 """
 
-from . import wq_linear
+from . import monarch, wq_linear
 
-__all__ = ["wq_linear"]
+__all__ = ["monarch", "wq_linear"]
