@@ -6,20 +6,21 @@ Formula, for a filter ``w[H, K]``, with x = 0 outside 0 .. L-1::
     y[t] = s[t]                     act "none"
          = s[t] / (1 + exp(-s[t]))  act "silu"
 
-Causal: ``pad_left = K - 1, pad_right = 0``; then ``w[h, 0]`` multiplies the current sample (``nn.Conv1d`` stores its taps the
-other way round: ``w = conv.weight[:, 0].flip(1)``).
+Causal: ``pad_left = K - 1, pad_right = 0``; then ``w[h, 0]`` multiplies the current sample (``nn.Conv1d`` stores its
+taps the other way round: ``w = conv.weight[:, 0].flip(1)``).
 
 Operations (library ``effk``):
 
     depthwise_conv1d(x, w, bias, pad_left, pad_right, layout, act) -> y
     depthwise_conv1d_backward(gy, x, w, bias, pad_left, pad_right, layout, act, mask) -> (gx, gw, gbias)
 
-Shapes and dtypes: x, y ``(B, H, L)`` in layout "bhl", ``(B, L, H)`` in layout "blh", fp32, bf16 or fp16, dense. w ``(H, K)``, K >= 1,
-and bias ``(H,)``: fp32, or the dtype of x. Arithmetic is fp32. mask: which of x, w, bias need a gradient; the others come back
-empty. Gradients have the dtypes of what they belong to; sums over batch and time are fp32. The backward of "silu" computes s again.
+Shapes and dtypes: x, y ``(B, H, L)`` in layout "bhl", ``(B, L, H)`` in layout "blh", fp32, bf16 or fp16, dense. w
+``(H, K)``, K >= 1, and bias ``(H,)``: fp32, or the dtype of x. Arithmetic is fp32. mask: which of x, w, bias need a
+gradient; the others come back empty. Gradients have the dtypes of what they belong to; sums over batch and time are
+fp32. The backward of "silu" computes s again.
 
-Errors: RuntimeError naming the operation, the argument, what was expected and what came, before any work. Negative padding and
-an empty result are errors. Second derivatives raise. Under autocast x is cast.
+Errors: RuntimeError naming the operation, the argument, what was expected and what came, before any work. Negative
+padding and an empty result are errors. Second derivatives raise. Under autocast x is cast.
 
 Source: the short convolution that FlashFFTConv (Fu et al., 2023, arXiv:2311.05908) releases beside the long one.
 """
@@ -44,7 +45,7 @@ def depthwise_conv1d(
     layout: str = "bhl",
     act: str = "none",
 ) -> Tensor:
-    """The operation with causal padding as the default, for x of any strides; differentiable with respect to x, w and bias."""
+    """The operation with causal padding as the default, for x of any strides; differentiable in x, w and bias."""
     left = w.shape[-1] - 1 if pad_left is None else pad_left
     return torch.ops.effk.depthwise_conv1d(x.contiguous(), w, bias, left, pad_right, layout, act)
 
@@ -146,7 +147,7 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
 torch.library.register_autograd("effk::depthwise_conv1d_backward", _no_second_derivative)
 
 
-# ---- autocast: x takes the autocast dtype; w and bias stay as they are ----------------------------------------------------
+# ---- autocast: x takes the autocast dtype; w and bias stay as they are ----------------------------
 
 
 def _cast_x(op: Any, device: str) -> Any:

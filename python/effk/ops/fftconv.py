@@ -9,38 +9,41 @@ Formula, for rows ``u[b, h, :]`` and filters ``k[h, :]``::
     circular       c[t] = sum_{j=0}^{K-1} k[j] v[(t-j) mod L]           n_fft  = L >= K
     bidirectional  c[t] = sum_{j=-K/2}^{K/2-1} k[j mod K] v[t-j]        n_fft  = K >= 2 L
 
-with v = 0 outside 0 .. L-1 except in the circular mode. ``k[0]`` multiplies the current sample (``nn.Conv1d`` stores its taps
-the other way round); the bidirectional mode keeps the tap of lag -j at position K - j.
+with v = 0 outside 0 .. L-1 except in the circular mode. ``k[0]`` multiplies the current sample (``nn.Conv1d`` stores
+its taps the other way round); the bidirectional mode keeps the tap of lag -j at position K - j.
 
 Operations (library ``effk``):
 
     fftconv_prepare(k, n_fft, mode, scheme) -> spec                         once per filter
     fftconv(u, spec, pregate, postgate, skip, n_fft, mode, scheme) -> y
-    fftconv_backward(gy, u, spec, pregate, postgate, skip, n_fft, k_len, mode, scheme, mask) -> (gu, gk, gpre, gpost, gskip)
+    fftconv_backward(gy, u, spec, pregate, postgate, skip, n_fft, k_len, mode, scheme, mask)
+        -> (gu, gk, gpre, gpost, gskip)
     fftconv_decode_prepare(k, tile) -> spec                                 lags 0 .. 2 tile - 1, tile = 128 * 2**i
     fftconv_decode_step(x_t, xbuf, ybuf, k, specs, t) -> y_t                writes xbuf, ybuf
     fftconv_plan(n_fft, L, K, mode, scheme, rows) -> str                    what a call would do
 
-Shapes and dtypes: u, pregate, postgate, y ``(B, H, L)`` of one dtype, fp32, bf16 or fp16, dense; any L >= 1. k ``(H, K)``
-fp32, skip ``(H,)`` fp32. spec: an opaque fp32 buffer that names the n_fft, mode and scheme it was made for; it may be shared by
-any number of calls. n_fft: ``2**a``, ``3 * 2**a`` or ``5 * 2**a``, 32 to ``2**24``. Arithmetic is fp32 whatever the dtype.
-mask: which of u, k, pregate, postgate, skip need a gradient; the others come back empty. gk and gskip are fp32, the rest as u.
-decode: x_t, y_t ``(B, H)``, xbuf, ybuf ``(B, H, T)``, all fp32; ybuf starts as zero, or as the prompt's contribution to each
-position; ``specs[i]`` has tile ``128 * 2**i``.
+Shapes and dtypes: u, pregate, postgate, y ``(B, H, L)`` of one dtype, fp32, bf16 or fp16, dense; any L >= 1. k
+``(H, K)`` fp32, skip ``(H,)`` fp32. spec: an opaque fp32 buffer that names the n_fft, mode and scheme it was made for; any
+number of calls may share it. n_fft: ``2**a``, ``3 * 2**a`` or ``5 * 2**a``, 32 to ``2**24``. Arithmetic is fp32
+whatever the dtype. mask: which of u, k, pregate, postgate, skip need a gradient; the others come back empty. gk and
+gskip are fp32, the rest as u. decode: x_t, y_t ``(B, H)``, xbuf, ybuf ``(B, H, T)``, all fp32; ybuf starts as zero, or
+as the prompt's contribution to each position; ``specs[i]`` has tile ``128 * 2**i``.
 
-``scheme``: "fft", one transform per row; "overlap_save", blocks, for filters much shorter than the sequence; "direct", for
-a few dozen taps (these two causal only); "auto" chooses by K and n_fft. The call must name the scheme of its spec, or "auto".
+``scheme``: "fft", one transform per row; "overlap_save", blocks, for filters much shorter than the sequence; "direct",
+for a few dozen taps (these two causal only); "auto" chooses by K and n_fft. The call must name the scheme of its spec,
+or "auto".
 
 Errors: RuntimeError naming the operation, the argument, what was expected and what came, before any work.
 
-A row of the result depends on neither the other rows nor the number of threads; NaN or infinity spoils its own row only, but
-all of that row: also positions before it, because every output of a transform sees every input. For the same
-reason causality holds to rounding, not exactly, unless the scheme is direct. Second derivatives raise. Under autocast u and
-the gates are cast. Every op works the same whether a module is in training mode or not.
+A row of the result depends on neither the other rows nor the number of threads; NaN or infinity spoils its own row
+only, but all of that row: also positions before it, because every output of a transform sees every input. For the same
+reason causality holds to rounding, not exactly, unless the scheme is direct. Second derivatives raise. Under autocast
+u and the gates are cast. Nothing depends on whether a module is in training mode.
 
-Source: FlashFFTConv (Fu, Kumbong, Nguyen, Ré, 2023, arXiv:2311.05908): the decomposition of section 3.1 and the fusion of
-padding, gates, spectral product and crop. :mod:`effk.ops.monarch` is that decomposition in plain torch. Decoding: relaxed
-convolution as in Flash Inference (Oncescu et al., 2024, arXiv:2410.12982) and FutureFill (Agarwal et al., 2024, arXiv:2410.03766).
+Source: FlashFFTConv (Fu, Kumbong, Nguyen, Ré, 2023, arXiv:2311.05908): the decomposition of section 3.1 and the fusion
+of padding, gates, spectral product and crop. :mod:`effk.ops.monarch` is that decomposition in plain torch. Decoding:
+relaxed convolution as in Flash Inference (Oncescu et al., 2024, arXiv:2410.12982) and FutureFill (Agarwal et al.,
+2024, arXiv:2410.03766).
 """
 
 from __future__ import annotations
@@ -93,14 +96,14 @@ def fftconv(
 ) -> Tensor:
     """Prepare ``k`` and convolve; differentiable with respect to u, k, both gates and skip.
 
-    Preparing costs about as much as one row per filter: where ``k`` is constant, :class:`effk.nn.FFTConv` keeps its spectrum.
+    Preparing costs about as much as one row per filter; :class:`effk.nn.FFTConv` keeps spectra of constant filters.
 
     Args:
         u: ``(B, H, L)``, fp32, bf16 or fp16.
         k: ``(H, K)`` or ``(1, H, K)``, fp32 or fp64.
         pregate, postgate: as u.
         skip: ``(H,)``, fp32.
-        n_fft: FFT size; None for the smallest legal one (then causal taps beyond L, which meet no sample, cost nothing).
+        n_fft: FFT size; None for the smallest legal one, causal taps beyond L, which meet no sample, left out.
 
     Returns:
         ``(B, H, L)``, dtype of u.
@@ -253,7 +256,7 @@ def _correlate(g: Tensor, v: Tensor, k: Tensor, mode: str, method: str | None) -
 
 
 def _size_from_library(name: str, device: torch.device, *arguments: Any) -> Any:
-    """How long a spectrum is: the library knows for the CPU; elsewhere, or for symbolic shapes, it is only known at run time."""
+    """How long a spectrum is: the library knows for the CPU; elsewhere, or for symbolic shapes, the run will tell."""
     known = getattr(_C, name, None)
     if device.type in ("cpu", "meta") and known is not None and all(isinstance(a, int | str) for a in arguments):
         return known(*arguments)
@@ -359,7 +362,7 @@ def _no_second_derivative(ctx: Any, *grads: Any) -> Any:
 torch.library.register_autograd("effk::fftconv_backward", _no_second_derivative)
 
 
-# ---- autocast: u and the gates take the autocast dtype; the spectrum and skip stay fp32 --------------------------------
+# ---- autocast: u and the gates take the autocast dtype; the spectrum and skip stay fp32 ------------------------
 
 
 def _cast_rows(op: Any, device: str) -> Any:

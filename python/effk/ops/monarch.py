@@ -1,18 +1,19 @@
 """The Monarch form of a long convolution, in plain torch: the readable reference, and what a matrix unit would run.
 
-An FFT of ``N = N_1 N_2 ... N_p`` points is p products with small dense DFT matrices and twiddle factors between them. With
-``M = N / N_1`` and x viewed as N_1 rows of M columns::
+An FFT of ``N = N_1 N_2 ... N_p`` points is p products with small dense DFT matrices and twiddle factors between them.
+With ``M = N / N_1`` and x viewed as N_1 rows of M columns::
 
     forward:  Y = (F_{N_1} X) * T,  T[k, j] = exp(-2 pi i k j / N);  then each row of Y by the other factors
     inverse:  the exact mirror, with conjugates, divided by N
 
-Nothing is ever put in order: position ``(k_1, ..., k_p)``, row-major, holds frequency ``f = k_1 + N_1 k_2 + N_1 N_2 k_3 + ...``
-(:func:`frequencies`), and the filter's spectrum is stored at the same positions (:func:`permute_spectrum`). Cost per complex
-point and transform: ``8 sum(N_i) + 6 (p - 1)`` flops, against ``4 log2 N - 6`` of a split-radix FFT, so that this form pays
-only on units which multiply matrices 4 to 10 times faster than vectors.
+Nothing is ever put in order: position ``(k_1, ..., k_p)``, row-major, holds frequency
+``f = k_1 + N_1 k_2 + N_1 N_2 k_3 + ...`` (:func:`frequencies`), and the filter's spectrum is stored at the same
+positions (:func:`permute_spectrum`). Cost per complex point and transform: ``8 sum(N_i) + 6 (p - 1)`` flops, against
+``4 log2 N - 6`` of a split-radix FFT, so that this form pays only on units which multiply matrices 4 to 10 times
+faster than vectors.
 
-Source: FlashFFTConv (Fu, Kumbong, Nguyen, Ré, 2023, arXiv:2311.05908), section 3.1; the real part rule of sparse spectra and the
-carry of :func:`mirror` are derived here.
+Source: FlashFFTConv (Fu, Kumbong, Nguyen, Ré, 2023, arXiv:2311.05908), section 3.1; the rule for the real part of
+sparse spectra and the carry of :func:`mirror` are derived here.
 """
 
 from __future__ import annotations
@@ -93,11 +94,11 @@ def monarch_inverse(spectrum: Tensor, factors: Sequence[int]) -> Tensor:
 
 
 def digit_box(factors: Sequence[int], kept: Sequence[int | Iterable[int] | None]) -> Tensor:
-    """Which positions of a permuted spectrum a digit box keeps, bool ``[N]``: digit i below ``kept[i]``, or one of ``kept[i]``.
+    """Which positions of a permuted spectrum a digit box keeps, bool ``[N]``: digit i below ``kept[i]``, or among them.
 
-    A forward transform restricted to a box costs its stage i only ``prod_{j <= i} a_j / N_j`` of the dense stage. Keeping few
-    k_1 leaves a comb (``f mod N_1``) and saves most; keeping few k_p leaves bands: a low pass of F = a N / N_p frequencies is
-    ``k_p`` in ``[0, a)`` or ``[N_p - a, N_p)`` and all of the other digits.
+    A forward transform restricted to a box costs its stage i only ``prod_{j <= i} a_j / N_j`` of the dense stage.
+    Keeping few k_1 leaves a comb (``f mod N_1``) and saves most; keeping few k_p leaves bands: a low pass of
+    F = a N / N_p frequencies is ``k_p`` in ``[0, a)`` or ``[N_p - a, N_p)`` and all of the other digits.
     """
     box = torch.ones(1, dtype=torch.bool)
     for factor, digits in zip(factors, kept, strict=True):
@@ -108,7 +109,7 @@ def digit_box(factors: Sequence[int], kept: Sequence[int | Iterable[int] | None]
 
 
 def real_weights(box: Tensor, factors: Sequence[int]) -> Tensor:
-    """What a digit box does to real rows, as a factor on each frequency: 1, 1/2 (one of f and -f kept) or 0, float64 ``[N]``.
+    """What a digit box does to real rows: a factor 1, 1/2 (one of f and -f kept) or 0 at each position, float64 ``[N]``.
 
     A box is not conjugate symmetric. The real part of a result whose spectrum was cut to the box is the result for the
     spectrum times these weights, which are symmetric; two real rows in one complex transform would mix without them.
@@ -127,11 +128,11 @@ def monarch_reference(
 ) -> Tensor:
     """The convolution of :mod:`effk.ops.fftconv` with ``n_fft = prod(factors)``, by dense matrices, complex128.
 
-    One formula for all modes: a circular convolution of n_fft points of which the first L are returned. It is the causal one
-    when n_fft >= L + K - 1, the circular one when n_fft = L, the bidirectional one when n_fft = K >= 2 L.
+    One formula for all modes: a circular convolution of n_fft points of which the first L are returned. It is the
+    causal one when n_fft >= L + K - 1, the circular one when n_fft = L, the bidirectional one when n_fft = K >= 2 L.
 
     Args:
-        box: which positions of the spectrum are kept (:func:`digit_box`); what it cuts is weighted by :func:`real_weights`.
+        box: which positions of the spectrum are kept (:func:`digit_box`), with the meaning of :func:`real_weights`.
 
     Returns:
         float64 ``(B, H, L)``.
