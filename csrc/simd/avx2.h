@@ -157,7 +157,43 @@ EFFK_INLINE void store_s8(void* p, vi v) {
 // In assembly: g++ finds a lambda that only prefetches free of effects, and drops it. prefetch_once is for lines that are
 // read once: they do not push x out of the cache.
 EFFK_INLINE void prefetch(const void* p) { __asm__ volatile("prefetcht0 (%0)" : : "r"(p)); }
+EFFK_INLINE void prefetch_write(const void* p) { __asm__ volatile("prefetchw (%0)" : : "r"(p)); }
 EFFK_INLINE void prefetch_once(const void* p) { __asm__ volatile("prefetchnta (%0)" : : "r"(p)); }
+
+// One native register of floats (see avx512.h).
+using vr = __m256;
+constexpr int kLanes = 8;
+EFFK_INLINE vr set_r(float v) { return _mm256_set1_ps(v); }
+EFFK_INLINE vr load_r(const float* p) { return _mm256_loadu_ps(p); }
+EFFK_INLINE void store_r(float* p, vr v) { _mm256_storeu_ps(p, v); }
+EFFK_INLINE vr add_f(vr a, vr b) { return _mm256_add_ps(a, b); }
+EFFK_INLINE vr sub_f(vr a, vr b) { return _mm256_sub_ps(a, b); }
+EFFK_INLINE vr mul_f(vr a, vr b) { return _mm256_mul_ps(a, b); }
+EFFK_INLINE vr fma(vr a, vr b, vr c) { return _mm256_fmadd_ps(a, b, c); }
+EFFK_INLINE vr fnma(vr a, vr b, vr c) { return _mm256_fnmadd_ps(a, b, c); }
+EFFK_INLINE vr fms(vr a, vr b, vr c) { return _mm256_fmsub_ps(a, b, c); }
+EFFK_INLINE void transpose_quads(vr& r0, vr& r1, vr& r2, vr& r3) {
+  const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(r0, r1)), b = _mm256_castps_pd(_mm256_unpackhi_ps(r0, r1));
+  const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(r2, r3)), d = _mm256_castps_pd(_mm256_unpackhi_ps(r2, r3));
+  r0 = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+  r1 = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+  r2 = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+  r3 = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+}
+// Columns j and j + 4 lie in the first half of a row of 16, j + 8 and j + 12 in the second.
+EFFK_INLINE void load_columns(const float* rows, int stride, int g, int j, vr (&r)[4]) {
+  for (int i = 0; i < 2; ++i) {
+    const vr a = load_r(rows + (g + j) * stride + 8 * i), b = load_r(rows + (g + 4 + j) * stride + 8 * i);
+    r[2 * i] = _mm256_permute2f128_ps(a, b, 0x20);
+    r[2 * i + 1] = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+}
+EFFK_INLINE void store_columns(float* rows, int stride, int g, int j, vr (&r)[4]) {
+  for (int i = 0; i < 2; ++i) {
+    store_r(rows + (g + j) * stride + 8 * i, _mm256_permute2f128_ps(r[2 * i], r[2 * i + 1], 0x20));
+    store_r(rows + (g + 4 + j) * stride + 8 * i, _mm256_permute2f128_ps(r[2 * i], r[2 * i + 1], 0x31));
+  }
+}
 
 }  // namespace
 }  // namespace effk::EFFK_TIER

@@ -119,7 +119,43 @@ EFFK_INLINE void store_s8(void* p, vi v) { _mm_storeu_si128(static_cast<__m128i*
 // In assembly: g++ finds a lambda that only prefetches free of effects, and drops it. prefetch_once is for lines that are
 // read once: they do not push x out of the cache.
 EFFK_INLINE void prefetch(const void* p) { __asm__ volatile("prefetcht0 (%0)" : : "r"(p)); }
+EFFK_INLINE void prefetch_write(const void* p) { __asm__ volatile("prefetchw (%0)" : : "r"(p)); }
 EFFK_INLINE void prefetch_once(const void* p) { __asm__ volatile("prefetchnta (%0)" : : "r"(p)); }
+
+// One native register of floats and its width; codelets that need many registers are written with it. Arithmetic is that
+// of vf. fms(a, b, c) = a b - c.
+using vr = vf;
+constexpr int kLanes = 16;
+EFFK_INLINE vr set_r(float v) { return _mm512_set1_ps(v); }
+EFFK_INLINE vr load_r(const float* p) { return _mm512_loadu_ps(p); }
+EFFK_INLINE void store_r(float* p, vr v) { _mm512_storeu_ps(p, v); }
+EFFK_INLINE vr fms(vr a, vr b, vr c) { return _mm512_fmsub_ps(a, b, c); }
+// A 16 x 16 transposition in two steps: 4 x 4 inside each 128-bit lane of four rows, then 4 x 4 of whole lanes.
+EFFK_INLINE void transpose_quads(vr& r0, vr& r1, vr& r2, vr& r3) {
+  const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(r0, r1)), b = _mm512_castps_pd(_mm512_unpackhi_ps(r0, r1));
+  const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(r2, r3)), d = _mm512_castps_pd(_mm512_unpackhi_ps(r2, r3));
+  r0 = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+  r1 = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+  r2 = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+  r3 = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+}
+EFFK_INLINE void transpose_lanes(vr (&r)[4]) {
+  const vr a = _mm512_shuffle_f32x4(r[0], r[1], 0x88), b = _mm512_shuffle_f32x4(r[0], r[1], 0xdd);
+  const vr c = _mm512_shuffle_f32x4(r[2], r[3], 0x88), d = _mm512_shuffle_f32x4(r[2], r[3], 0xdd);
+  r[0] = _mm512_shuffle_f32x4(a, c, 0x88);
+  r[2] = _mm512_shuffle_f32x4(a, c, 0xdd);
+  r[1] = _mm512_shuffle_f32x4(b, d, 0x88);
+  r[3] = _mm512_shuffle_f32x4(b, d, 0xdd);
+}
+// From rows with transposed quads, `stride` floats apart: r[i] = column j + 4 i of rows [g, g + kLanes); and back.
+EFFK_INLINE void load_columns(const float* rows, int stride, int, int j, vr (&r)[4]) {
+  for (int i = 0; i < 4; ++i) r[i] = load_r(rows + (4 * i + j) * stride);
+  transpose_lanes(r);
+}
+EFFK_INLINE void store_columns(float* rows, int stride, int, int j, vr (&r)[4]) {
+  transpose_lanes(r);
+  for (int i = 0; i < 4; ++i) store_r(rows + (4 * i + j) * stride, r[i]);
+}
 
 }  // namespace
 }  // namespace effk::EFFK_TIER

@@ -99,7 +99,36 @@ EFFK_INLINE void store_f16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_hal
 EFFK_INLINE void store_bf16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_bf16(a.v[l])); }
 EFFK_INLINE void store_s8(void* p, vi a) { for (int l = 0; l < 16; ++l) static_cast<int8_t*>(p)[l] = int8_t(a.v[l]); }
 EFFK_INLINE void prefetch(const void*) {}
+EFFK_INLINE void prefetch_write(const void*) {}
 EFFK_INLINE void prefetch_once(const void*) {}
+
+// One native register of floats (see avx512.h); products and sums round apart, a fused one would be a library call.
+struct vr { float v[16]; };
+constexpr int kLanes = 16;
+template <class F> EFFK_INLINE vr make_r(const F& f) { vr r; for (int l = 0; l < 16; ++l) r.v[l] = f(l); return r; }
+EFFK_INLINE vr set_r(float x) { return make_r([=](int) { return x; }); }
+EFFK_INLINE vr load_r(const float* p) { vr r; std::memcpy(r.v, p, 64); return r; }
+EFFK_INLINE void store_r(float* p, vr a) { std::memcpy(p, a.v, 64); }
+EFFK_INLINE vr add_f(vr a, vr b) { return make_r([&](int l) { return a.v[l] + b.v[l]; }); }
+EFFK_INLINE vr sub_f(vr a, vr b) { return make_r([&](int l) { return a.v[l] - b.v[l]; }); }
+EFFK_INLINE vr mul_f(vr a, vr b) { return make_r([&](int l) { return a.v[l] * b.v[l]; }); }
+EFFK_INLINE vr fma(vr a, vr b, vr c) { return make_r([&](int l) { return a.v[l] * b.v[l] + c.v[l]; }); }
+EFFK_INLINE vr fnma(vr a, vr b, vr c) { return make_r([&](int l) { return c.v[l] - a.v[l] * b.v[l]; }); }
+EFFK_INLINE vr fms(vr a, vr b, vr c) { return make_r([&](int l) { return a.v[l] * b.v[l] - c.v[l]; }); }
+EFFK_INLINE void transpose_quads(vr& r0, vr& r1, vr& r2, vr& r3) {
+  vr* const r[4] = {&r0, &r1, &r2, &r3};
+  for (int q = 0; q < 16; q += 4)
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < i; ++j) { const float t = r[i]->v[q + j]; r[i]->v[q + j] = r[j]->v[q + i]; r[j]->v[q + i] = t; }
+}
+EFFK_INLINE void load_columns(const float* rows, int stride, int, int j, vr (&r)[4]) {
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 4; ++k) std::memcpy(r[i].v + 4 * k, rows + (4 * k + j) * stride + 4 * i, 16);
+}
+EFFK_INLINE void store_columns(float* rows, int stride, int, int j, vr (&r)[4]) {
+  for (int i = 0; i < 4; ++i)
+    for (int k = 0; k < 4; ++k) std::memcpy(rows + (4 * k + j) * stride + 4 * i, r[i].v + 4 * k, 16);
+}
 
 }  // namespace
 }  // namespace effk::EFFK_TIER

@@ -25,6 +25,12 @@ const OpSchema kSchemas[] = {
      " Tensor?[] out_col, Tensor?[] out_val, Tensor?[] bias, int[] n, int k, int[] bits, int[] group_size, str compute)"
      " -> Tensor[]"},
     {"wq_linear_backward", "(Tensor grad, " WQ_WEIGHT ", int n, int k, int bits, int group_size) -> Tensor"},
+    {"fftconv_prepare", "(Tensor k, int n_fft, str mode, str scheme) -> Tensor"},
+    {"fftconv",
+     "(Tensor u, Tensor spec, Tensor? pregate, Tensor? postgate, Tensor? skip, int n_fft, str mode, str scheme) -> Tensor"},
+    {"fftconv_backward",
+     "(Tensor gy, Tensor u, Tensor spec, Tensor? pregate, Tensor? postgate, Tensor? skip, int n_fft, int k_len, str mode,"
+     " str scheme, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"},
 };
 const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);
 

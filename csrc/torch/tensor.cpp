@@ -1,5 +1,10 @@
 #include "torch/tensor.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdint>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -57,6 +62,17 @@ ParallelFor torch_pool() {
   return {run, nullptr, int(torch::stable::get_num_threads())};
 }
 
+void* large_pages(void* data, size_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const uintptr_t begin = (uintptr_t(data) + kPage - 1) / kPage * kPage, end = (uintptr_t(data) + bytes) / kPage * kPage;
+  if (bytes >= 2 * kPage && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
+#else
+  (void)bytes;
+#endif
+  return data;
+}
+
 void* scratch(size_t bytes) {
   constexpr size_t kAlign = 64, kKeep = size_t(4) << 20;
   struct Free { void operator()(void* p) const { std::free(p); } };
@@ -68,6 +84,7 @@ void* scratch(size_t bytes) {
     const size_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
     buffer.reset(std::aligned_alloc(kAlign, rounded ? rounded : kAlign));
     if (!buffer) throw std::bad_alloc();
+    large_pages(buffer.get(), rounded);
     size = rounded;
   }
   return buffer.get();

@@ -18,12 +18,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/parallel.h"
 #include "formats/t16.h"
 
 namespace effk {
 
-enum class DType : int32_t { f32 = 0, bf16 = 1, f16 = 2 };
 enum class Compute : int32_t { fp = 0, int8 = 1 };
 
 struct WqWeight {

@@ -1,0 +1,187 @@
+// The phases of one right-angle convolution, for every tier alike. Included by the tier files after their vector header.
+//
+// Roofline, per result of a causal row (M complex points for M results): 2 (4 log2 M - 6) + 6 flops in the split-radix
+// count, 8 bytes of input and output and, once per channel, 8 bytes of spectrum. With the row in the first-level cache the
+// bound is arithmetic: 74 flops at M = 1024.
+#pragma once
+#include <cstring>
+
+#include "ops/fftconv/stages.h"
+
+#include "ops/fftconv/io.h"
+
+namespace effk::EFFK_TIER {
+namespace {
+
+// Denormals in decaying filters cost a hundred cycles each; they are flushed while a kernel runs.
+struct FlushDenormals {
+#ifdef EFFK_SCALAR
+  FlushDenormals() {}
+#else
+  unsigned saved = _mm_getcsr();
+  FlushDenormals() { _mm_setcsr(saved | 0x8040u); }
+  ~FlushDenormals() { _mm_setcsr(saved); }
+#endif
+};
+
+constexpr int64_t kStrip = 128;     // columns converted or gated at a time: 8 rows of them are 4 KiB
+constexpr int64_t kHeadStrip = 32;  // columns that two levels share: 64 rows of them are 16 KiB
+
+// Where column c of the first level lies in a row of the work buffer, which has gaps when the head is two levels.
+EFFK_INLINE int64_t place(const Plan& p, int64_t c) {
+  if (p.head == 1) return c;
+  const int64_t row = p.columns();
+  return c / row * p.level[1].row + c % row;
+}
+
+template <int R> void first_level(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1) {
+  const Level& l = p.level[0];
+  const int64_t row = l.size / R;
+  const bool complex_in = s.origin + p.points < s.length;
+  const bool direct = plain(s, complex_in ? 2 * p.points : p.points);
+  const auto columns = [&](const float* re, const float* im, int64_t in_row, int64_t c, int64_t count) {
+    float* x = work + place(p, c) * 2;
+    if (l.table) {
+      if (complex_in) first_columns<R, false, true>(l, p.weight, re, im, in_row, x, c / 16, count / 16);
+      else first_columns<R, false, false>(l, p.weight, re, im, in_row, x, c / 16, count / 16);
+    } else {
+      if (complex_in) first_columns<R, true, true>(l, p.weight, re, im, in_row, x, c / 16, count / 16);
+      else first_columns<R, true, false>(l, p.weight, re, im, in_row, x, c / 16, count / 16);
+    }
+  };
+  if (direct) {
+    const float* re = static_cast<const float*>(s.a) + s.origin + c0;
+    return columns(re, re + p.points, row, c0, c1 - c0);
+  }
+  alignas(64) float re[R * kStrip], im[R * kStrip];
+  for (int64_t c = c0; c < c1; c += kStrip) {
+    const int64_t count = c1 - c < kStrip ? c1 - c : kStrip;
+    for (int a = 0; a < R; ++a) gather_source(s, s.origin + a * row + c, count, re + a * kStrip);
+    if (complex_in)
+      for (int a = 0; a < R; ++a) gather_source(s, s.origin + p.points + a * row + c, count, im + a * kStrip);
+    columns(re, im, kStrip, c, count);
+  }
+}
+
+template <int R> void last_level(const Plan& p, const float* work, const Sink& s, int64_t c0, int64_t c1) {
+  const Level& l = p.level[0];
+  const int64_t row = l.size / R;
+  const bool re_wanted = s.shift < s.end && s.shift + p.points > s.begin;
+  const bool im_wanted = s.shift + p.points < s.end && s.shift + 2 * p.points > s.begin;
+  const auto columns = [&](float* re, float* im, int64_t out_row, int64_t c, int64_t count) {
+    const float* x = work + place(p, c) * 2;
+    const int64_t v0 = c / 16, vecs = count / 16;
+    if (l.table) {
+      if (re && im) last_columns<R, false, true, true>(l, p.weight, x, re, im, out_row, v0, vecs);
+      else if (re) last_columns<R, false, true, false>(l, p.weight, x, re, im, out_row, v0, vecs);
+      else last_columns<R, false, false, true>(l, p.weight, x, re, im, out_row, v0, vecs);
+    } else {
+      if (re && im) last_columns<R, true, true, true>(l, p.weight, x, re, im, out_row, v0, vecs);
+      else if (re) last_columns<R, true, true, false>(l, p.weight, x, re, im, out_row, v0, vecs);
+      else last_columns<R, true, false, true>(l, p.weight, x, re, im, out_row, v0, vecs);
+    }
+  };
+  if (!re_wanted && !im_wanted) return;
+  if (plain(s, re_wanted ? 0 : p.points, p.points * (re_wanted && im_wanted ? 2 : 1))) {
+    float* y = static_cast<float*>(s.y) + s.shift + c0;
+    return columns(re_wanted ? y : nullptr, im_wanted ? y + p.points : nullptr, row, c0, c1 - c0);
+  }
+  alignas(64) float re[R * kStrip], im[R * kStrip];
+  for (int64_t c = c0; c < c1; c += kStrip) {
+    const int64_t count = c1 - c < kStrip ? c1 - c : kStrip;
+    columns(re_wanted ? re : nullptr, im_wanted ? im : nullptr, kStrip, c, count);
+    if (re_wanted)
+      for (int a = 0; a < R; ++a) scatter_sink(s, a * row + c, count, re + a * kStrip);
+    if (im_wanted)
+      for (int a = 0; a < R; ++a) scatter_sink(s, p.points + a * row + c, count, im + a * kStrip);
+  }
+}
+
+void first_level(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1) {
+  switch (p.level[0].radix) {
+    case 3: return first_level<3>(p, s, work, c0, c1);
+    case 4: return first_level<4>(p, s, work, c0, c1);
+    case 5: return first_level<5>(p, s, work, c0, c1);
+    case 8: return first_level<8>(p, s, work, c0, c1);
+  }
+}
+void last_level(const Plan& p, const float* work, const Sink& s, int64_t c0, int64_t c1) {
+  switch (p.level[0].radix) {
+    case 3: return last_level<3>(p, work, s, c0, c1);
+    case 4: return last_level<4>(p, work, s, c0, c1);
+    case 5: return last_level<5>(p, work, s, c0, c1);
+    case 8: return last_level<8>(p, work, s, c0, c1);
+  }
+}
+
+template <bool Inv> void second_level(const Plan& p, float* work, int64_t c0, int64_t c1) {
+  const Level& l = p.level[1];
+  for (int k = 0; k < p.level[0].radix; ++k) {
+    float* x = work + k * p.level[0].row * 2;
+    if (l.radix == 8) {
+      if (l.table) pass_columns<8, Inv, false, false>(l, x, c0 / 16, c1 / 16);
+      else pass_columns<8, Inv, true, false>(l, x, c0 / 16, c1 / 16);
+    } else {
+      if (l.table) pass_columns<4, Inv, false, false>(l, x, c0 / 16, c1 / 16);
+      else pass_columns<4, Inv, true, false>(l, x, c0 / 16, c1 / 16);
+    }
+  }
+}
+
+void first(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1) {
+  const FlushDenormals flush;
+  if (p.head == 1) return first_level(p, s, work, c0, c1);
+  const int64_t row = p.columns();
+  for (int64_t c = c0; c < c1; c += kHeadStrip) {
+    const int64_t end = c + kHeadStrip < c1 ? c + kHeadStrip : c1;
+    for (int a = 0; a < p.level[1].radix; ++a) first_level(p, s, work, a * row + c, a * row + end);
+    second_level<false>(p, work, c, end);
+  }
+}
+
+void last(const Plan& p, float* work, const Sink& s, int64_t c0, int64_t c1) {
+  const FlushDenormals flush;
+  if (p.head == 1) return last_level(p, work, s, c0, c1);
+  const int64_t row = p.columns();
+  for (int64_t c = c0; c < c1; c += kHeadStrip) {
+    const int64_t end = c + kHeadStrip < c1 ? c + kHeadStrip : c1;
+    second_level<true>(p, work, c, end);
+    for (int a = 0; a < p.level[1].radix; ++a) last_level(p, work, s, a * row + c, a * row + end);
+  }
+}
+
+template <class Middle> void middle(const Plan& p, float* work, int64_t b0, int64_t b1, const Middle& m) {
+  const FlushDenormals flush;
+  for (int64_t b = b0; b < b1; ++b) inner(p, p.head, p.block, work + p.block_start(b) * 2, (b - b0) * p.block, m);
+}
+
+void multiply(const Plan& p, float* work, const float* coef, bool conjugate, int64_t b0, int64_t b1, const Ahead& ahead) {
+  if (conjugate) middle(p, work, b0, b1, Multiply<true>{coef, ahead});
+  else middle(p, work, b0, b1, Multiply<false>{coef, ahead});
+}
+void to_spectrum(const Plan& p, float* work, float* spec, float scale, int64_t b0, int64_t b1) {
+  middle(p, work, b0, b1, ToSpectrum{spec, scale});
+}
+void from_spectrum(const Plan& p, float* work, const float* a, const float* b, bool conjugate, int64_t b0, int64_t b1) {
+  if (!b) middle(p, work, b0, b1, FromSpectrum<Other::none>{a, b});
+  else if (conjugate) middle(p, work, b0, b1, FromSpectrum<Other::conjugate>{a, b});
+  else middle(p, work, b0, b1, FromSpectrum<Other::plain>{a, b});
+}
+
+void accumulate(float* sum, const float* a, const float* b, int64_t points) {
+  const FlushDenormals flush;
+  for (int64_t i = 0; i < points * 2; i += kVec)
+    for (int h = 0; h < 16; h += kLanes) {
+      const Complex t = load_c(b + i + h), s = load_c(sum + i + h);
+      store_c(sum + i + h, s + mul_conj(load_c(a + i + h), t.re, t.im));
+    }
+}
+
+void scatter(const Sink& s, int64_t n, int64_t count, const float* src) {
+  const FlushDenormals flush;
+  scatter_sink(s, n, count, src);
+}
+void gather(const Source& s, int64_t n, int64_t count, float* dst) { gather_source(s, n, count, dst); }
+
+}  // namespace
+}  // namespace effk::EFFK_TIER

@@ -1,0 +1,310 @@
+// Chooses a kernel and a plan, cuts rows and long transforms among threads. Compiled with baseline flags.
+#include <algorithm>
+
+#include "ops/fftconv/plan.h"
+
+namespace effk {
+namespace fft {
+
+extern const Kernel kScalar;
+#ifdef EFFK_X86
+extern const Kernel kAvx2, kAvx512;
+#endif
+const Kernel* const kKernels[] = {
+#ifdef EFFK_X86
+    &kAvx512, &kAvx2,
+#endif
+    &kScalar,
+};
+const int kKernelCount = int(sizeof(kKernels) / sizeof(kKernels[0]));
+
+namespace {
+
+using spectrum::Header;
+using spectrum::Mode;
+using spectrum::Scheme;
+
+const Kernel& kernel() {
+  for (const Kernel* k : kKernels)
+    if (k->tier <= isa::active()) return *k;
+  return kScalar;
+}
+
+constexpr int64_t kPointsPerThread = 16384;  // about 10 us of work
+constexpr int64_t kSharedPoints = 32768;     // transforms from here on can occupy several threads
+
+constexpr size_t round_up(size_t floats) { return (floats + 15) / 16 * 16; }
+const void* at(const void* p, int64_t i, DType t) { return p ? static_cast<const char*>(p) + i * (t == DType::f32 ? 4 : 2) : nullptr; }
+void* at(void* p, int64_t i, DType t) { return p ? static_cast<char*>(p) + i * (t == DType::f32 ? 4 : 2) : nullptr; }
+
+// Rows go to slots, each with its own work space; or, when there are fewer long rows than threads, all threads share a row.
+struct Split {
+  int64_t slots;
+  bool shared;
+};
+Split split(int64_t items, int64_t points, int threads) {
+  if (threads > 1 && items < threads && points >= kSharedPoints) return {1, true};
+  return {std::max<int64_t>(1, std::min<int64_t>({int64_t(threads), items, items * points / kPointsPerThread})), false};
+}
+
+const ParallelFor kAlone{nullptr, nullptr, 1};
+
+// The three phases over one row; with several threads, each phase is cut among them.
+struct Transform {
+  const Kernel& k;
+  const Plan& p;
+  const ParallelFor& pf;
+
+  void first(const Source& s, float* work) const {
+    columns([&](int64_t c0, int64_t c1) { k.first(p, s, work, c0, c1); });
+  }
+  void last(float* work, const Sink& s) const {
+    columns([&](int64_t c0, int64_t c1) { k.last(p, work, s, c0, c1); });
+  }
+  template <class F> void columns(const F& f) const {
+    constexpr int64_t kStrip = 256;
+    const int64_t strips = (p.columns() + kStrip - 1) / kStrip;
+    if (p.head == 1) return f(0, p.columns());  // short: not worth a thread
+    parallel_for(pf, strips, 1, [&](int64_t s0, int64_t s1) { f(s0 * kStrip, std::min(s1 * kStrip, p.columns())); });
+  }
+  template <class F> void blocks(const F& f) const { parallel_for(pf, p.blocks, 1, f); }
+
+  void multiply(float* work, const float* coef, bool conjugate, const Ahead& ahead = {}) const {
+    blocks([&](int64_t b0, int64_t b1) { k.multiply(p, work, coef + b0 * p.block * 2, conjugate, b0, b1, ahead); });
+  }
+};
+
+// Circular: result t of a length-l cycle is R[t] + R[t + l] of the product, R[t] - R[2 M - l + t] of a correlation.
+void fold(const Kernel& k, float* r, int64_t l, int64_t points, bool correlation, Sink s) {
+  const float* other = correlation ? r + 2 * points - l : r + l;
+  const float sign = correlation ? -1.0f : 1.0f;
+  for (int64_t t = 0; t < s.end; ++t) r[t] += sign * other[t];
+  s.shift = 0;
+  k.scatter(s, 0, s.end, r);
+}
+
+// Bidirectional: the tap of lag -j lies at n - j of n taps, and at 2 M - j, negated, in the ring modulo x^2M + 1.
+void place_taps(const float* taps, int64_t n, int64_t points, float* r) {
+  std::fill_n(r, 2 * points, 0.0f);
+  std::copy_n(taps, n / 2, r);
+  for (int64_t j = 1; j <= n - n / 2; ++j) r[2 * points - j] = -taps[n - j];
+}
+void read_taps(const float* r, int64_t n, int64_t points, float* taps) {
+  std::copy_n(r, n / 2, taps);
+  for (int64_t j = 1; j <= n - n / 2; ++j) taps[n - j] = -r[2 * points - j];
+}
+
+Sink fp32_sink(float* y, int64_t end) { return {y, nullptr, nullptr, nullptr, nullptr, nullptr, 0.0f, DType::f32, 0, 0, end, false}; }
+
+// Runs body(slot's work space, item) over all items.
+template <class F> void over_items(const ParallelFor& pf, const Split& s, int64_t items, float* workspace, size_t floats, const F& body) {
+  parallel_for(pf, s.slots, 1, [&](int64_t s0, int64_t s1) {
+    for (int64_t slot = s0; slot < s1; ++slot)
+      for (int64_t i = items * slot / s.slots; i < items * (slot + 1) / s.slots; ++i) body(workspace + slot * floats, i);
+  });
+}
+
+}  // namespace
+
+Choice choose(int64_t taps, int64_t n_fft, Mode mode, Scheme scheme) {
+  (void)taps;
+  (void)scheme;
+  const int64_t least = mode == Mode::circular ? n_fft : (n_fft + 1) / 2;
+  const int64_t points = spectrum::smallest_points(least);
+  return {Scheme::fft, points <= spectrum::kMaxPoints ? points : 0};
+}
+
+}  // namespace fft
+
+using namespace fft;
+
+size_t fftconv_spec_floats(int64_t h, int64_t taps, int64_t n_fft, Mode mode, Scheme scheme) {
+  const Choice c = choose(taps, n_fft, mode, scheme);
+  return c.points ? spectrum::kHeaderFloats + size_t(h) * size_t(2 * c.points) : 0;
+}
+
+size_t fftconv_prepare_workspace(int64_t h, int64_t taps, int64_t n_fft, Mode mode, Scheme scheme, int threads) {
+  const Choice c = choose(taps, n_fft, mode, scheme);
+  const Plan& p = *plan_of(c.points);
+  return split(h, p.points, threads).slots * (round_up(size_t(p.work_points) * 2) + round_up(size_t(2 * p.points))) * 4;
+}
+
+void fftconv_prepare(const float* k, int64_t h, int64_t taps, int64_t n_fft, Mode mode, Scheme scheme, float* spec, void* workspace,
+                     const ParallelFor& pf) {
+  const Choice c = choose(taps, n_fft, mode, scheme);
+  const Plan& p = *plan_of(c.points);
+  const Kernel& kern = kernel();
+  const int64_t stride = 2 * p.points;
+  spectrum::write_header({spectrum::kMagic, spectrum::kVersion, spectrum::kPlanCpu, n_fft, mode, c.scheme, h, taps, p.points, stride}, spec);
+  const Split s = split(h, p.points, pf.threads);
+  const size_t work = round_up(size_t(p.work_points) * 2), floats = work + round_up(size_t(2 * p.points));
+  const Transform t{kern, p, s.shared ? pf : kAlone};
+  over_items(pf, s, h, static_cast<float*>(workspace), floats, [&](float* w, int64_t i) {
+    Source source{k + i * taps, nullptr, DType::f32, taps, 0};
+    if (mode == Mode::bidirectional) {
+      place_taps(k + i * taps, taps, p.points, w + work);
+      source.a = w + work;
+      source.length = 2 * p.points;
+    }
+    float* coef = spec + spectrum::kHeaderFloats + i * stride;
+    t.first(source, w);
+    t.blocks([&](int64_t b0, int64_t b1) { kern.to_spectrum(p, w, coef + b0 * p.block * 2, 1.0f / float(p.points), b0, b1); });
+  });
+}
+
+size_t fftconv_workspace(const FftConvArgs& a, int threads) {
+  const Header head = spectrum::read_header(a.spec);
+  const Plan& p = *plan_of(head.points);
+  const size_t floats = round_up(size_t(p.work_points) * 2) + (head.mode == Mode::circular ? round_up(size_t(2 * p.points)) : 0);
+  return split(a.b * a.h, p.points, threads).slots * floats * 4;
+}
+
+void fftconv(const FftConvArgs& a, void* workspace, const ParallelFor& pf) {
+  if (a.b * a.h * a.l == 0) return;
+  const Header head = spectrum::read_header(a.spec);
+  const Plan& p = *plan_of(head.points);
+  const Kernel& kern = kernel();
+  const bool circular = head.mode == Mode::circular;
+  const size_t work = round_up(size_t(p.work_points) * 2), floats = work + (circular ? round_up(size_t(2 * p.points)) : 0);
+  const Split s = split(a.b * a.h, p.points, pf.threads);
+  const Transform t{kern, p, s.shared ? pf : kAlone};
+  over_items(pf, s, a.b * a.h, static_cast<float*>(workspace), floats, [&](float* w, int64_t i) {
+    const int64_t h = i / a.b, b = i % a.b, row = (b * a.h + h) * a.l;  // channels outermost: a spectrum is read once
+    const Source source{at(a.u, row, a.dtype), at(a.pregate, row, a.dtype), a.dtype, a.l, 0};
+    Sink sink{at(a.y, row, a.dtype), at(a.postgate, row, a.dtype), nullptr, nullptr, nullptr, nullptr, 0.0f, a.dtype, 0, 0, a.l, false};
+    if (a.skip) {
+      sink.a = source.a;
+      sink.b = source.b;
+      sink.skip = a.skip[h];
+    }
+    t.first(source, w);
+    Ahead ahead{};
+    if (p.head == 1) {
+      const int64_t j = i + 1, next = j < a.b * a.h ? (j % a.b * a.h + j / a.b) * a.l : row;
+      ahead = {{at(a.u, next, a.dtype), at(a.pregate, next, a.dtype), at(a.postgate, row, a.dtype)}, sink.y, a.dtype == DType::f32 ? 4 : 2};
+    }
+    t.multiply(w, a.spec + spectrum::kHeaderFloats + h * head.stride, false, ahead);
+    if (!circular) return t.last(w, sink);
+    t.last(w, fp32_sink(w + work, 2 * p.points));
+    fold(kern, w + work, a.l, p.points, false, sink);
+  });
+}
+
+namespace fft {
+namespace {
+
+// Work space of one slot of the backward pass, in floats from its start.
+struct BackwardSpace {
+  size_t g, v, spec_g, spec_v, sum, result, total;
+  BackwardSpace(const Plan& p, const FftConvBackwardArgs& a, Mode mode, bool shared) {
+    const size_t work = round_up(size_t(p.work_points) * 2), all = round_up(size_t(2 * p.points));
+    const size_t spec = shared ? all : round_up(size_t(2 * p.block));  // threads that share a row need their own blocks
+    const bool taps = a.gk != nullptr;
+    g = 0;
+    v = g + work;
+    spec_g = v + (taps ? work : 0);
+    spec_v = spec_g + (taps ? spec : 0);
+    sum = spec_v + (taps ? spec : 0);
+    result = sum + (taps && a.forward.b > 1 ? all : 0);
+    total = result + (mode == Mode::circular || (mode == Mode::bidirectional && taps) ? all : 0);
+  }
+};
+
+// sum_t v w in double precision: the gradient of skip.
+double dot(const Kernel& k, const Source& v, const Source& w) {
+  constexpr int64_t kPiece = 256;
+  float a[kPiece], b[kPiece];
+  double sum = 0;
+  for (int64_t t = 0; t < v.length; t += kPiece) {
+    k.gather(v, t, kPiece, a);
+    k.gather(w, t, kPiece, b);
+    for (int64_t i = 0; i < kPiece; ++i) sum += double(a[i]) * double(b[i]);
+  }
+  return sum;
+}
+
+}  // namespace
+}  // namespace fft
+
+size_t fftconv_backward_workspace(const FftConvBackwardArgs& a, int threads) {
+  const Header head = spectrum::read_header(a.forward.spec);
+  const Plan& p = *plan_of(head.points);
+  const Split s = split(a.forward.h, p.points, threads);
+  return size_t(s.slots) * BackwardSpace(p, a, head.mode, s.shared).total * 4;
+}
+
+void fftconv_backward(const FftConvBackwardArgs& a, void* workspace, const ParallelFor& pf) {
+  const FftConvArgs& f = a.forward;
+  if (f.h == 0) return;
+  const Header head = spectrum::read_header(f.spec);
+  const Plan& p = *plan_of(head.points);
+  const Kernel& kern = kernel();
+  const Mode mode = head.mode;
+  const Split s = split(f.h, p.points, pf.threads);
+  const BackwardSpace space(p, a, mode, s.shared);
+  const Transform t{kern, p, s.shared ? pf : kAlone};
+  const float scale = 1.0f / float(p.points);
+  over_items(pf, s, f.h, static_cast<float*>(workspace), space.total, [&](float* w, int64_t h) {
+    float *work_g = w + space.g, *work_v = w + space.v, *sum = w + space.sum, *result = w + space.result;
+    const float* coef = f.spec + spectrum::kHeaderFloats + h * head.stride;
+    const float skip = f.skip ? f.skip[h] : 0.0f;
+    const auto finish = [&](float* work, Sink sink, bool correlation) {
+      if (mode != Mode::circular) return t.last(work, sink);
+      t.last(work, fp32_sink(result, 2 * p.points));
+      fold(kern, result, f.l, p.points, correlation, sink);
+    };
+    double skip_sum = 0;
+    if (a.gk && f.b > 1) std::fill_n(sum, 2 * p.points, 0.0f);
+    for (int64_t b = 0; b < f.b; ++b) {  // in order: the sum over the batch is the same for any number of threads
+      const int64_t row = (b * f.h + h) * f.l;
+      const Source v{at(f.u, row, f.dtype), at(f.pregate, row, f.dtype), f.dtype, f.l, 0};
+      const Source g{at(a.gy, row, f.dtype), at(f.postgate, row, f.dtype), f.dtype, f.l, 0};
+      if (a.gskip) skip_sum += dot(kern, g, v);
+      if (a.gpost) {
+        t.first(v, work_g);
+        t.multiply(work_g, coef, false);
+        finish(work_g, {at(a.gpost, row, f.dtype), g.a, nullptr, nullptr, f.skip ? v.a : nullptr, v.b, skip, f.dtype, 0, 0, f.l, false}, false);
+      }
+      if (!a.gu && !a.gpre && !a.gk) continue;
+      t.first(g, work_g);
+      if (a.gk) {
+        t.first(v, work_v);
+        t.blocks([&](int64_t b0, int64_t b1) {
+          for (int64_t i = b0; i < b1; ++i) {
+            const int64_t from = i * p.block * 2, own = s.shared ? from : 0;
+            float *spec_g = w + space.spec_g + own, *spec_v = w + space.spec_v + own;
+            kern.to_spectrum(p, work_g, spec_g, 1.0f, i, i + 1);
+            kern.to_spectrum(p, work_v, spec_v, scale, i, i + 1);
+            if (f.b > 1) kern.accumulate(sum + from, spec_g, spec_v, p.block);
+            else kern.from_spectrum(p, work_v, spec_g, spec_v, true, i, i + 1);
+            if (a.gu || a.gpre) kern.from_spectrum(p, work_g, spec_g, coef + from, true, i, i + 1);
+          }
+        });
+      } else {
+        t.multiply(work_g, coef, true);
+      }
+      if (a.gu || a.gpre) {
+        Sink sink{at(a.gu, row, f.dtype), v.b, nullptr, nullptr, f.skip ? g.a : nullptr, g.b, skip, f.dtype, 0, 0, f.l, false};
+        if (a.gpre) {
+          (a.gu ? sink.y2 : sink.y) = at(a.gpre, row, f.dtype);
+          (a.gu ? sink.gate2 : sink.gate) = v.a;
+        }
+        finish(work_g, sink, true);
+      }
+    }
+    if (a.gskip) a.gskip[h] = float(skip_sum);
+    if (!a.gk) return;
+    float* taps = a.gk + h * a.k_len;
+    if (f.b == 0 || f.l == 0) { std::fill_n(taps, a.k_len, 0.0f); return; }
+    if (f.b > 1)
+      t.blocks([&](int64_t b0, int64_t b1) { kern.from_spectrum(p, work_v, sum + b0 * p.block * 2, nullptr, false, b0, b1); });
+    if (mode == Mode::bidirectional) {
+      t.last(work_v, fp32_sink(result, 2 * p.points));
+      read_taps(result, a.k_len, p.points, taps);
+    } else {
+      finish(work_v, fp32_sink(taps, a.k_len), true);
+    }
+  });
+}
+
+}  // namespace effk

@@ -1,0 +1,118 @@
+// CPU binding of the fftconv ops: checks the arguments (torch/fftconv_args.h), allocates, and calls ops/fftconv.
+#include "ops/fftconv/fftconv.h"
+
+#include <tuple>
+#include <vector>
+
+#include "torch/fftconv_args.h"
+
+namespace effk::binding {
+namespace {
+
+using spectrum::Header;
+
+// The prepared filter, proved to be one: for this device, these sizes, and as long as its header says.
+Header check_spec(const char* op, const View& spec, const Rows& r, int64_t n_fft, spectrum::Mode mode, spectrum::Scheme scheme) {
+  const Arg arg{op, "spec"};
+  if (spec.dim != 1 || spec.dtype != dtypes().f32 || !spec.contiguous || !(spec.home == kCpu) || spec.sizes[0] < spectrum::kHeaderFloats)
+    arg.fail("what fftconv_prepare returns: float32 [floats], contiguous, on cpu", spec.text());
+  const float* at = spec.data<float>();
+  bool integers = true;
+  for (int i = 0; i < spectrum::kHeaderFloats; ++i) integers &= at[i] >= 0 && at[i] <= 16777216.0f && at[i] == float(int64_t(at[i]));
+  const Header h = integers ? spectrum::read_header(at) : Header{};
+  if (h.magic != spectrum::kMagic) arg.fail("what fftconv_prepare returns", "another tensor");
+  EFFK_CHECK(h.version == spectrum::kVersion && h.plan == spectrum::kPlanCpu, op, ": spec: expected version ", spectrum::kVersion,
+             " prepared on cpu, got version ", h.version, h.plan == spectrum::kPlanCpu ? "" : " prepared for another device");
+  EFFK_CHECK(h.mode == mode, op, ": spec: expected one prepared in mode '", mode_name(mode), "', got '", mode_name(h.mode), "'");
+  EFFK_CHECK(h.n_fft == n_fft, op, ": spec: expected one prepared for n_fft = ", n_fft, ", got ", h.n_fft);
+  EFFK_CHECK(scheme == spectrum::Scheme::automatic || h.scheme == scheme, op, ": spec: expected one prepared with scheme '",
+             scheme_name(scheme), "', got '", scheme_name(h.scheme), "'");
+  EFFK_CHECK(h.channels == r.h, op, ": spec: expected one of H = ", r.h, " channels as u has, got ", h.channels);
+  const size_t floats = fftconv_spec_floats(h.channels, h.taps, h.n_fft, h.mode, h.scheme);
+  EFFK_CHECK(floats != 0 && size_t(spec.sizes[0]) == floats && h.taps >= 1 && (h.channels == 0 || spectrum::kHeaderFloats + h.channels * h.stride == spec.sizes[0]),
+             op, ": spec: expected ", floats, " floats, got ", spec.sizes[0]);
+  check_fits(op, mode, n_fft, h.taps, r.l);
+  return h;
+}
+
+Tensor prepare(const Tensor& k, int64_t n_fft, const std::string& mode_text, const std::string& scheme_text) {
+  constexpr const char* op = "fftconv_prepare";
+  const spectrum::Mode mode = parse_mode(op, mode_text);
+  const spectrum::Scheme scheme = parse_scheme(op, scheme_text, mode);
+  const View view(k);
+  const Arg arg{op, "k"};
+  if (view.dim != 2 || view.dtype != dtypes().f32 || !view.contiguous || !(view.home == kCpu) || view.sizes[1] < 1)
+    arg.fail("float32 [H, K] with K >= 1, contiguous, on cpu", view.text());
+  check_n_fft(op, n_fft);
+  const int64_t h = view.sizes[0], taps = view.sizes[1];
+  check_fits(op, mode, n_fft, taps, -1);
+  Tensor spec = empty({int64_t(fftconv_spec_floats(h, taps, n_fft, mode, scheme))}, dtypes().f32);
+  const ParallelFor pool = torch_pool();
+  fftconv_prepare(view.data<float>(), h, taps, n_fft, mode, scheme, static_cast<float*>(spec.mutable_data_ptr()),
+                  scratch(fftconv_prepare_workspace(h, taps, n_fft, mode, scheme, pool.threads)), pool);
+  return spec;
+}
+
+FftConvArgs make_args(const char* op, const Rows& r, const Tensor& spec, int64_t n_fft, const std::string& mode_text,
+                      const std::string& scheme_text) {
+  const spectrum::Mode mode = parse_mode(op, mode_text);
+  check_n_fft(op, n_fft);
+  const View view(spec);
+  check_spec(op, view, r, n_fft, mode, parse_scheme(op, scheme_text, mode));
+  return {view.data<float>(), r.u.data(), r.pregate, r.postgate, r.skip, r.dtype, r.b, r.h, r.l, nullptr};
+}
+
+Tensor convolve(const Tensor& u, const Tensor& spec, const OptionalTensor& pregate, const OptionalTensor& postgate,
+                const OptionalTensor& skip, int64_t n_fft, const std::string& mode, const std::string& scheme) {
+  constexpr const char* op = "fftconv";
+  const Rows r = make_rows(op, u, pregate, postgate, skip, kCpu);
+  FftConvArgs args = make_args(op, r, spec, n_fft, mode, scheme);
+  Tensor y = empty({r.b, r.h, r.l}, r.u.dtype);
+  args.y = large_pages(y.mutable_data_ptr(), size_t(r.u.numel()) * (r.dtype == DType::f32 ? 4 : 2));
+  const ParallelFor pool = torch_pool();
+  fftconv(args, scratch(fftconv_workspace(args, pool.threads)), pool);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy, const Tensor& u, const Tensor& spec,
+                                                            const OptionalTensor& pregate, const OptionalTensor& postgate,
+                                                            const OptionalTensor& skip, int64_t n_fft, int64_t k_len,
+                                                            const std::string& mode, const std::string& scheme,
+                                                            std::vector<bool> mask) {
+  constexpr const char* op = "fftconv_backward";
+  const Rows r = make_rows(op, u, pregate, postgate, skip, kCpu);
+  FftConvBackwardArgs args{};
+  args.forward = make_args(op, r, spec, n_fft, mode, scheme);
+  args.gy = like_u(op, "gy", gy, r);
+  EFFK_CHECK(mask.size() == 5, op, ": mask: expected 5 entries (u, k, pregate, postgate, skip), got ", mask.size());
+  EFFK_CHECK(!mask[2] || pregate, op, ": mask: expected no gradient of pregate without one, got true");
+  EFFK_CHECK(!mask[3] || postgate, op, ": mask: expected no gradient of postgate without one, got true");
+  EFFK_CHECK(!mask[4] || skip, op, ": mask: expected no gradient of skip without one, got true");
+  const int64_t taps = spectrum::read_header(args.forward.spec).taps;
+  EFFK_CHECK(!mask[1] || k_len == taps, op, ": k_len: expected ", taps, " as spec was prepared from, got ", k_len);
+  args.k_len = k_len;
+  const size_t bytes = size_t(r.u.numel()) * (r.dtype == DType::f32 ? 4 : 2);
+  const auto like = [&](bool wanted, void*& data) {
+    Tensor t = wanted ? empty({r.b, r.h, r.l}, r.u.dtype) : empty({0}, r.u.dtype);
+    if (wanted) data = large_pages(t.mutable_data_ptr(), bytes);
+    return t;
+  };
+  Tensor gu = like(mask[0], args.gu), gpre = like(mask[2], args.gpre), gpost = like(mask[3], args.gpost);
+  Tensor gk = mask[1] ? empty({r.h, k_len}, dtypes().f32) : empty({0}, dtypes().f32);
+  Tensor gskip = mask[4] ? empty({r.h}, dtypes().f32) : empty({0}, dtypes().f32);
+  if (mask[1]) args.gk = static_cast<float*>(gk.mutable_data_ptr());
+  if (mask[4]) args.gskip = static_cast<float*>(gskip.mutable_data_ptr());
+  const ParallelFor pool = torch_pool();
+  fftconv_backward(args, scratch(fftconv_backward_workspace(args, pool.threads)), pool);
+  return {gu, gk, gpre, gpost, gskip};
+}
+
+}  // namespace
+}  // namespace effk::binding
+
+STABLE_TORCH_LIBRARY_IMPL(effk, CPU, m) {
+  using namespace effk::binding;
+  m.impl("fftconv_prepare", TORCH_BOX(&prepare));
+  m.impl("fftconv", TORCH_BOX(&convolve));
+  m.impl("fftconv_backward", TORCH_BOX(&backward));
+}
