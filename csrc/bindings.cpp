@@ -8,6 +8,9 @@
 
 #include "formats/t16.h"
 #include "isa/isa.h"
+#include "ops/depthwise_conv1d/kernels.h"
+#include "ops/fftconv/kernels.h"
+#include "ops/fftconv/plan.h"
 #include "ops/wq_linear/kernels.h"
 
 namespace py = pybind11;
@@ -39,20 +42,52 @@ const char* form_name(wq::Form form) {
   return "";
 }
 
+py::dict kernel_row(const char* op, const char* name, isa::Tier tier, const char* form, bool needs_bf16) {
+  py::dict row;
+  row["op"] = op;
+  row["name"] = name;
+  row["tier"] = isa::name(tier);
+  row["form"] = form;
+  row["needs_bf16"] = needs_bf16;
+  row["supported"] = tier <= isa::detected() && (!needs_bf16 || isa::detected_bf16());
+  return row;
+}
+
 py::list kernel_table() {
   py::list rows;
   for (int i = 0; i < wq::kKernelCount; ++i) {
     const wq::Kernel& kernel = *wq::kKernels[i];
-    py::dict row;
-    row["op"] = "wq_linear";
-    row["name"] = kernel.name;
-    row["tier"] = isa::name(kernel.tier);
-    row["form"] = form_name(kernel.form);
-    row["needs_bf16"] = kernel.needs_bf16;
-    row["supported"] = kernel.tier <= isa::detected() && (!kernel.needs_bf16 || isa::detected_bf16());
-    rows.append(row);
+    rows.append(kernel_row("wq_linear", kernel.name, kernel.tier, form_name(kernel.form), kernel.needs_bf16));
   }
+  for (int i = 0; i < fft::kKernelCount; ++i)
+    rows.append(kernel_row("fftconv", fft::kKernels[i]->name, fft::kKernels[i]->tier, "fp32", false));
+  for (int i = 0; i < depthwise::kKernelCount; ++i)
+    rows.append(kernel_row("depthwise_conv1d", depthwise::kKernels[i]->name, depthwise::kKernels[i]->tier, "fp32", false));
   return rows;
+}
+
+template <class T> T one_of(const char* what, const std::string& got, std::initializer_list<std::pair<const char*, T>> known) {
+  std::string names;
+  for (const auto& [name, value] : known) {
+    if (got == name) return value;
+    names += std::string(names.empty() ? "'" : ", '") + name + "'";
+  }
+  throw py::value_error(std::string("fftconv: ") + what + ": expected one of " + names + ", got '" + got + "'");
+}
+spectrum::Mode mode_of(const std::string& mode) {
+  return one_of<spectrum::Mode>("mode", mode, {{"causal", spectrum::Mode::causal}, {"circular", spectrum::Mode::circular},
+                                               {"bidirectional", spectrum::Mode::bidirectional}});
+}
+spectrum::Scheme scheme_of(const std::string& scheme) {
+  return one_of<spectrum::Scheme>("scheme", scheme, {{"auto", spectrum::Scheme::automatic}, {"fft", spectrum::Scheme::fft},
+                                                     {"overlap_save", spectrum::Scheme::overlap_save}, {"direct", spectrum::Scheme::direct}});
+}
+size_t spec_floats(int64_t h, int64_t taps, int64_t n_fft, const std::string& mode, const std::string& scheme) {
+  return fftconv_spec_floats(h, taps, n_fft, mode_of(mode), scheme_of(scheme));
+}
+size_t decode_floats(int64_t h, int64_t tile) { return spectrum::kHeaderFloats + size_t(h * 2 * decode_points(tile)); }
+std::string fft_plan(int64_t n_fft, int64_t taps, const std::string& mode, const std::string& scheme) {
+  return fft::describe(taps, n_fft, mode_of(mode), scheme_of(scheme));
 }
 
 // For each code, row by row: (byte of the low bits, their shift, byte of the high bit, its shift); the last two are
@@ -95,6 +130,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_use", &use, py::arg("name"), py::arg("bf16") = true);
   m.def("isa_environment_error", &isa::environment_error);
   m.def("kernel_table", &kernel_table, "one dict per kernel: op, name, tier, form, needs_bf16, supported");
+  m.def("fftconv_spec_floats", &spec_floats, py::arg("h"), py::arg("k"), py::arg("n_fft"), py::arg("mode"), py::arg("scheme"));
+  m.def("fftconv_decode_floats", &decode_floats, py::arg("h"), py::arg("tile"));
+  m.def("fftconv_plan", &fft_plan, py::arg("n_fft"), py::arg("k"), py::arg("mode"), py::arg("scheme"), "one line");
   m.def("tile_map", &tile_map, py::arg("n"), py::arg("k"), py::arg("bits"));
   m.def("build_info", &build_info);
 }

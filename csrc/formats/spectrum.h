@@ -1,9 +1,8 @@
 // The prepared filter of fftconv on the CPU: one fp32 buffer, the same for every tier. Version 1.
 //
 //   floats [0, 64)                    header, small integers stored as floats (exact below 2^24): struct Header, in order
-//   then per channel, `stride` floats
-//     fft, overlap-save:  the transform of the taps, 2 * points floats, scaled by 1 / points
-//     direct:             the taps, padded with zeros to a multiple of 16
+//   then per channel, `stride` floats: the taps padded with zeros to a multiple of 16 (direct, overlap-save), then their
+//   transform, 2 * points floats, scaled by 1 / points (fft, overlap-save)
 //
 // The transform of `points` = M complex points is the right-angle one: with w = exp(-i pi / 2M),
 //   z[n] = (k[n] - i k[n + M]) w^n,   Z[f] = sum_n z[n] exp(-2 pi i n f / M)      n, f < M
@@ -39,6 +38,7 @@ struct Header {
   Scheme scheme;                      // never automatic
   int64_t channels, taps, points;     // points: 0 when direct
   int64_t stride;                     // floats per channel
+  int64_t coef_at() const { return scheme == Scheme::fft ? 0 : (taps + 15) / 16 * 16; }  // start of the transform in them
 };
 
 static inline void write_header(const Header& h, float* to) {

@@ -31,6 +31,13 @@ const OpSchema kSchemas[] = {
     {"fftconv_backward",
      "(Tensor gy, Tensor u, Tensor spec, Tensor? pregate, Tensor? postgate, Tensor? skip, int n_fft, int k_len, str mode,"
      " str scheme, bool[] mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"},
+    {"depthwise_conv1d",
+     "(Tensor x, Tensor w, Tensor? bias, int pad_left, int pad_right, str layout, str act) -> Tensor"},
+    {"depthwise_conv1d_backward",
+     "(Tensor gy, Tensor x, Tensor w, Tensor? bias, int pad_left, int pad_right, str layout, str act, bool[] mask)"
+     " -> (Tensor, Tensor, Tensor)"},
+    {"fftconv_decode_prepare", "(Tensor k, int tile) -> Tensor"},
+    {"fftconv_decode_step", "(Tensor x_t, Tensor(a!) xbuf, Tensor(b!) ybuf, Tensor k, Tensor[] specs, int t) -> Tensor"},
 };
 const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);
 

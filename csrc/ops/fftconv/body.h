@@ -9,6 +9,7 @@
 #include "ops/fftconv/stages.h"
 
 #include "ops/fftconv/io.h"
+#include "simd/fir.h"
 
 namespace effk::EFFK_TIER {
 namespace {

@@ -104,85 +104,147 @@ template <class F> void over_items(const ParallelFor& pf, const Split& s, int64_
   });
 }
 
-}  // namespace
-
-Choice choose(int64_t taps, int64_t n_fft, Mode mode, Scheme scheme) {
-  (void)taps;
-  (void)scheme;
-  const int64_t least = mode == Mode::circular ? n_fft : (n_fft + 1) / 2;
-  const int64_t points = spectrum::smallest_points(least);
-  return {Scheme::fft, points <= spectrum::kMaxPoints ? points : 0};
+// The spectrum of one channel's taps: fp32 taps -> coef, through the work buffer. `room` holds 2 points floats in mode
+// bidirectional.
+void transform_taps(const Transform& t, Mode mode, const float* taps, int64_t count, float* work, float* room, float* coef) {
+  Source source{taps, nullptr, DType::f32, count, 0};
+  if (mode == Mode::bidirectional) {
+    place_taps(taps, count, t.p.points, room);
+    source.a = room;
+    source.length = 2 * t.p.points;
+  }
+  t.first(source, work);
+  t.blocks([&](int64_t b0, int64_t b1) {
+    t.k.to_spectrum(t.p, work, coef + b0 * t.p.block * 2, 1.0f / float(t.p.points), b0, b1);
+  });
 }
 
+Sink row_sink(const FftConvArgs& a, const Source& v, int64_t h, int64_t row) {
+  Sink sink{at(a.y, row, a.dtype), at(a.postgate, row, a.dtype), nullptr, nullptr, nullptr, nullptr, 0.0f, a.dtype, 0, 0, a.l, false};
+  if (a.skip) {
+    sink.a = v.a;
+    sink.b = v.b;
+    sink.skip = a.skip[h];
+  }
+  return sink;
+}
+int64_t row_of(const FftConvArgs& a, int64_t item) {  // channels outermost: a spectrum is read once
+  return (item % a.b * a.h + item / a.b) * a.l;
+}
+Source row_source(const FftConvArgs& a, int64_t row) { return {at(a.u, row, a.dtype), at(a.pregate, row, a.dtype), a.dtype, a.l, 0}; }
+
+// Direct scheme: pieces of a row with the taps - 1 values before them, in a buffer of a slot.
+constexpr int64_t kPiece = 2048;
+size_t direct_floats(int64_t taps) { return round_up(size_t(taps) + 16) + 2 * kPiece; }
+void direct(const FftConvArgs& a, const Header& head, const Kernel& kern, float* workspace, const ParallelFor& pf) {
+  const int64_t pieces = (a.l + kPiece - 1) / kPiece, items = a.b * a.h * pieces, history = int64_t(round_up(size_t(head.taps - 1)));
+  const Split s = split(items, std::min(a.l, kPiece), pf.threads);
+  over_items(pf, s, items, workspace, direct_floats(head.taps), [&](float* x, int64_t i) {
+    const int64_t item = i / pieces, begin = i % pieces * kPiece, row = row_of(a, item);
+    const int64_t count = std::min(kPiece, int64_t(round_up(size_t(a.l - begin))));
+    const Source v = row_source(a, row);
+    float* y = x + history + kPiece;
+    kern.gather(v, begin - history, history + count, x);
+    kern.fir(x + history, a.spec + spectrum::kHeaderFloats + item / a.b * head.stride, head.taps, y, count);
+    kern.scatter(row_sink(a, v, item / a.b, row), begin, count, y);
+  });
+}
+
+// Overlap-save: blocks of 2 M values that start taps - 1 before their first result.
+void overlap_save(const FftConvArgs& a, const Header& head, const Kernel& kern, const Plan& p, float* workspace, const ParallelFor& pf) {
+  const int64_t step = 2 * p.points - head.taps + 1, blocks = (a.l + step - 1) / step, items = a.b * a.h * blocks;
+  const Split s = split(items, p.points, pf.threads);
+  const Transform t{kern, p, s.shared ? pf : kAlone};
+  over_items(pf, s, items, workspace, round_up(size_t(p.work_points) * 2), [&](float* w, int64_t i) {
+    const int64_t item = i / blocks, begin = i % blocks * step, row = row_of(a, item), h = item / a.b;
+    Source v = row_source(a, row);
+    Sink sink = row_sink(a, v, h, row);
+    v.origin = sink.shift = begin - (head.taps - 1);
+    sink.begin = begin;
+    sink.end = std::min(begin + step, a.l);
+    t.first(v, w);
+    t.multiply(w, a.spec + spectrum::kHeaderFloats + h * head.stride + head.coef_at(), false);
+    t.last(w, sink);
+  });
+}
+
+// The header of what fftconv_prepare makes.
+Header header_of(int64_t h, int64_t taps, int64_t n_fft, Mode mode, Scheme scheme) {
+  const Choice c = choose(taps, n_fft, mode, scheme);
+  Header head{spectrum::kMagic, spectrum::kVersion, spectrum::kPlanCpu, n_fft, mode, c.scheme, h, taps, c.points, 0};
+  head.stride = head.coef_at() + 2 * c.points;
+  return head;
+}
+
+}  // namespace
 }  // namespace fft
 
 using namespace fft;
 
 size_t fftconv_spec_floats(int64_t h, int64_t taps, int64_t n_fft, Mode mode, Scheme scheme) {
-  const Choice c = choose(taps, n_fft, mode, scheme);
-  return c.points ? spectrum::kHeaderFloats + size_t(h) * size_t(2 * c.points) : 0;
+  const Header head = header_of(h, taps, n_fft, mode, scheme);
+  return head.scheme != Scheme::direct && !head.points ? 0 : spectrum::kHeaderFloats + size_t(h * head.stride);
 }
 
 size_t fftconv_prepare_workspace(int64_t h, int64_t taps, int64_t n_fft, Mode mode, Scheme scheme, int threads) {
-  const Choice c = choose(taps, n_fft, mode, scheme);
-  const Plan& p = *plan_of(c.points);
-  return split(h, p.points, threads).slots * (round_up(size_t(p.work_points) * 2) + round_up(size_t(2 * p.points))) * 4;
+  const Header head = header_of(h, taps, n_fft, mode, scheme);
+  if (!head.points) return 0;
+  const Plan& p = *plan_of(head.points);
+  return size_t(split(h, p.points, threads).slots) * (round_up(size_t(p.work_points) * 2) + round_up(size_t(2 * p.points))) * 4;
 }
 
 void fftconv_prepare(const float* k, int64_t h, int64_t taps, int64_t n_fft, Mode mode, Scheme scheme, float* spec, void* workspace,
                      const ParallelFor& pf) {
-  const Choice c = choose(taps, n_fft, mode, scheme);
-  const Plan& p = *plan_of(c.points);
+  const Header head = header_of(h, taps, n_fft, mode, scheme);
   const Kernel& kern = kernel();
-  const int64_t stride = 2 * p.points;
-  spectrum::write_header({spectrum::kMagic, spectrum::kVersion, spectrum::kPlanCpu, n_fft, mode, c.scheme, h, taps, p.points, stride}, spec);
-  const Split s = split(h, p.points, pf.threads);
-  const size_t work = round_up(size_t(p.work_points) * 2), floats = work + round_up(size_t(2 * p.points));
-  const Transform t{kern, p, s.shared ? pf : kAlone};
-  over_items(pf, s, h, static_cast<float*>(workspace), floats, [&](float* w, int64_t i) {
-    Source source{k + i * taps, nullptr, DType::f32, taps, 0};
-    if (mode == Mode::bidirectional) {
-      place_taps(k + i * taps, taps, p.points, w + work);
-      source.a = w + work;
-      source.length = 2 * p.points;
+  spectrum::write_header(head, spec);
+  float* channels = spec + spectrum::kHeaderFloats;
+  if (head.coef_at())
+    for (int64_t i = 0; i < h; ++i) {
+      std::copy_n(k + i * taps, taps, channels + i * head.stride);
+      std::fill(channels + i * head.stride + taps, channels + i * head.stride + head.coef_at(), 0.0f);
     }
-    float* coef = spec + spectrum::kHeaderFloats + i * stride;
-    t.first(source, w);
-    t.blocks([&](int64_t b0, int64_t b1) { kern.to_spectrum(p, w, coef + b0 * p.block * 2, 1.0f / float(p.points), b0, b1); });
+  if (!head.points) return;
+  const Plan& p = *plan_of(head.points);
+  const Split s = split(h, p.points, pf.threads);
+  const size_t work = round_up(size_t(p.work_points) * 2);
+  const Transform t{kern, p, s.shared ? pf : kAlone};
+  over_items(pf, s, h, static_cast<float*>(workspace), work + round_up(size_t(2 * p.points)), [&](float* w, int64_t i) {
+    transform_taps(t, mode, k + i * taps, taps, w, w + work, channels + i * head.stride + head.coef_at());
   });
 }
 
 size_t fftconv_workspace(const FftConvArgs& a, int threads) {
   const Header head = spectrum::read_header(a.spec);
+  if (head.scheme == Scheme::direct) return size_t(threads) * direct_floats(head.taps) * 4;
   const Plan& p = *plan_of(head.points);
   const size_t floats = round_up(size_t(p.work_points) * 2) + (head.mode == Mode::circular ? round_up(size_t(2 * p.points)) : 0);
-  return split(a.b * a.h, p.points, threads).slots * floats * 4;
+  if (head.scheme == Scheme::overlap_save) return size_t(threads) * floats * 4;
+  return size_t(split(a.b * a.h, p.points, threads).slots) * floats * 4;
 }
 
 void fftconv(const FftConvArgs& a, void* workspace, const ParallelFor& pf) {
   if (a.b * a.h * a.l == 0) return;
   const Header head = spectrum::read_header(a.spec);
-  const Plan& p = *plan_of(head.points);
   const Kernel& kern = kernel();
+  float* space = static_cast<float*>(workspace);
+  if (head.scheme == Scheme::direct) return direct(a, head, kern, space, pf);
+  const Plan& p = *plan_of(head.points);
+  if (head.scheme == Scheme::overlap_save) return overlap_save(a, head, kern, p, space, pf);
   const bool circular = head.mode == Mode::circular;
   const size_t work = round_up(size_t(p.work_points) * 2), floats = work + (circular ? round_up(size_t(2 * p.points)) : 0);
   const Split s = split(a.b * a.h, p.points, pf.threads);
   const Transform t{kern, p, s.shared ? pf : kAlone};
-  over_items(pf, s, a.b * a.h, static_cast<float*>(workspace), floats, [&](float* w, int64_t i) {
-    const int64_t h = i / a.b, b = i % a.b, row = (b * a.h + h) * a.l;  // channels outermost: a spectrum is read once
-    const Source source{at(a.u, row, a.dtype), at(a.pregate, row, a.dtype), a.dtype, a.l, 0};
-    Sink sink{at(a.y, row, a.dtype), at(a.postgate, row, a.dtype), nullptr, nullptr, nullptr, nullptr, 0.0f, a.dtype, 0, 0, a.l, false};
-    if (a.skip) {
-      sink.a = source.a;
-      sink.b = source.b;
-      sink.skip = a.skip[h];
-    }
-    t.first(source, w);
+  over_items(pf, s, a.b * a.h, space, floats, [&](float* w, int64_t i) {
+    const int64_t h = i / a.b, row = row_of(a, i);
+    const Source v = row_source(a, row);
+    const Sink sink = row_sink(a, v, h, row);
     Ahead ahead{};
     if (p.head == 1) {
-      const int64_t j = i + 1, next = j < a.b * a.h ? (j % a.b * a.h + j / a.b) * a.l : row;
+      const int64_t next = i + 1 < a.b * a.h ? row_of(a, i + 1) : row;
       ahead = {{at(a.u, next, a.dtype), at(a.pregate, next, a.dtype), at(a.postgate, row, a.dtype)}, sink.y, a.dtype == DType::f32 ? 4 : 2};
     }
+    t.first(v, w);
     t.multiply(w, a.spec + spectrum::kHeaderFloats + h * head.stride, false, ahead);
     if (!circular) return t.last(w, sink);
     t.last(w, fp32_sink(w + work, 2 * p.points));
@@ -190,13 +252,58 @@ void fftconv(const FftConvArgs& a, void* workspace, const ParallelFor& pf) {
   });
 }
 
+void fftconv_decode_step(const DecodeArgs& a, void* workspace, const ParallelFor& pf) {
+  const Kernel& kern = kernel();
+  const int64_t s = a.t + 1, rows = a.b * a.h, tile = s & -s, next = std::min(tile, a.capacity - s);
+  const bool transformed = next > 0 && tile >= kDecodeTile;
+  const Plan* p = transformed ? plan_of(decode_points(tile)) : nullptr;
+  const float* spec = transformed ? a.specs[log2_of(tile / kDecodeTile)] : nullptr;
+  const size_t floats = transformed ? round_up(size_t(p->work_points) * 2) : 0;
+  const int64_t work = transformed ? p->points : std::max<int64_t>(tile * tile / 16, 8);
+  const Split split_rows = split(rows, work, pf.threads);
+  over_items(pf, split_rows, rows, static_cast<float*>(workspace), floats, [&](float* w, int64_t row) {
+    const int64_t h = row % a.h, at = row * a.capacity;
+    const float* k = a.k + h * a.taps;
+    a.x[at + a.t] = a.x_t[row];
+    a.y_t[row] = a.y[at + a.t] + k[0] * a.x_t[row];
+    a.y[at + a.t] = a.y_t[row];
+    if (next <= 0) return;
+    if (!transformed) {
+      float taps[2 * kDecodeTile], sums[kDecodeTile];
+      const int64_t known = std::min(2 * tile, a.taps);
+      std::copy_n(k, known, taps);
+      std::fill(taps + known, taps + 2 * tile, 0.0f);
+      std::copy_n(a.y + at + s, next, sums);
+      std::fill(sums + next, sums + tile, 0.0f);
+      kern.fir_tile(a.x + at + s - tile, taps, tile, sums);
+      std::copy_n(sums, next, a.y + at + s);
+      return;
+    }
+    const Transform t{kern, *p, kAlone};
+    Sink sink = fp32_sink(a.y + at, s + next);
+    sink.shift = s - tile;
+    sink.begin = s;
+    sink.add = true;
+    t.first({a.x + at + s - tile, nullptr, DType::f32, tile, 0}, w);
+    t.multiply(w, spec + spectrum::kHeaderFloats + h * 2 * p->points, false);
+    t.last(w, sink);
+  });
+}
+
+size_t fftconv_decode_workspace(const DecodeArgs& a, int threads) {
+  const int64_t s = a.t + 1, tile = s & -s;
+  if (s >= a.capacity || tile < kDecodeTile) return 0;
+  const Plan& p = *plan_of(decode_points(tile));
+  return size_t(split(a.b * a.h, p.points, threads).slots) * round_up(size_t(p.work_points) * 2) * 4;
+}
+
 namespace fft {
 namespace {
 
 // Work space of one slot of the backward pass, in floats from its start.
 struct BackwardSpace {
-  size_t g, v, spec_g, spec_v, sum, result, total;
-  BackwardSpace(const Plan& p, const FftConvBackwardArgs& a, Mode mode, bool shared) {
+  size_t g, v, spec_g, spec_v, sum, result, coef, total;
+  BackwardSpace(const Plan& p, const FftConvBackwardArgs& a, Mode mode, bool shared, bool own_spectrum) {
     const size_t work = round_up(size_t(p.work_points) * 2), all = round_up(size_t(2 * p.points));
     const size_t spec = shared ? all : round_up(size_t(2 * p.block));  // threads that share a row need their own blocks
     const bool taps = a.gk != nullptr;
@@ -206,7 +313,8 @@ struct BackwardSpace {
     spec_v = spec_g + (taps ? spec : 0);
     sum = spec_v + (taps ? spec : 0);
     result = sum + (taps && a.forward.b > 1 ? all : 0);
-    total = result + (mode == Mode::circular || (mode == Mode::bidirectional && taps) ? all : 0);
+    coef = result + (mode == Mode::circular || (mode == Mode::bidirectional && taps) ? all : 0);
+    total = coef + (own_spectrum ? all : 0);
   }
 };
 
@@ -226,27 +334,38 @@ double dot(const Kernel& k, const Source& v, const Source& w) {
 }  // namespace
 }  // namespace fft
 
+// The gradient always takes one transform a row. A spectrum prepared for short filters is replaced, channel by channel, by one
+// of that size.
+int64_t backward_points(const Header& head, int64_t l) {
+  return head.scheme == Scheme::fft ? head.points : spectrum::smallest_points((l + head.taps) / 2);
+}
+
 size_t fftconv_backward_workspace(const FftConvBackwardArgs& a, int threads) {
   const Header head = spectrum::read_header(a.forward.spec);
-  const Plan& p = *plan_of(head.points);
+  const Plan& p = *plan_of(backward_points(head, a.forward.l));
   const Split s = split(a.forward.h, p.points, threads);
-  return size_t(s.slots) * BackwardSpace(p, a, head.mode, s.shared).total * 4;
+  return size_t(s.slots) * BackwardSpace(p, a, head.mode, s.shared, head.scheme != Scheme::fft).total * 4;
 }
 
 void fftconv_backward(const FftConvBackwardArgs& a, void* workspace, const ParallelFor& pf) {
   const FftConvArgs& f = a.forward;
   if (f.h == 0) return;
   const Header head = spectrum::read_header(f.spec);
-  const Plan& p = *plan_of(head.points);
+  const Plan& p = *plan_of(backward_points(head, f.l));
   const Kernel& kern = kernel();
   const Mode mode = head.mode;
+  const bool own_spectrum = head.scheme != Scheme::fft;
   const Split s = split(f.h, p.points, pf.threads);
-  const BackwardSpace space(p, a, mode, s.shared);
+  const BackwardSpace space(p, a, mode, s.shared, own_spectrum);
   const Transform t{kern, p, s.shared ? pf : kAlone};
   const float scale = 1.0f / float(p.points);
   over_items(pf, s, f.h, static_cast<float*>(workspace), space.total, [&](float* w, int64_t h) {
     float *work_g = w + space.g, *work_v = w + space.v, *sum = w + space.sum, *result = w + space.result;
     const float* coef = f.spec + spectrum::kHeaderFloats + h * head.stride;
+    if (own_spectrum) {
+      transform_taps(t, mode, coef, head.taps, work_g, nullptr, w + space.coef);
+      coef = w + space.coef;
+    }
     const float skip = f.skip ? f.skip[h] : 0.0f;
     const auto finish = [&](float* work, Sink sink, bool correlation) {
       if (mode != Mode::circular) return t.last(work, sink);

@@ -15,6 +15,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "common/export.h"
 #include "common/parallel.h"
 #include "formats/spectrum.h"
 
@@ -40,7 +41,7 @@ struct FftConvBackwardArgs {
 };
 
 // Floats of the prepared filter, or 0 when there is no transform of that size.
-size_t fftconv_spec_floats(int64_t h, int64_t taps, int64_t n_fft, spectrum::Mode mode, spectrum::Scheme scheme);
+EFFK_EXPORT size_t fftconv_spec_floats(int64_t h, int64_t taps, int64_t n_fft, spectrum::Mode mode, spectrum::Scheme scheme);
 void fftconv_prepare(const float* k, int64_t h, int64_t taps, int64_t n_fft, spectrum::Mode mode, spectrum::Scheme scheme, float* spec,
                      void* workspace, const ParallelFor&);
 size_t fftconv_prepare_workspace(int64_t h, int64_t taps, int64_t n_fft, spectrum::Mode mode, spectrum::Scheme scheme, int threads);
@@ -50,5 +51,24 @@ void fftconv(const FftConvArgs&, void* workspace, const ParallelFor&);
 
 size_t fftconv_backward_workspace(const FftConvBackwardArgs&, int threads);
 void fftconv_backward(const FftConvBackwardArgs&, void* workspace, const ParallelFor&);
+
+// One step of exact autoregressive decoding (Oncescu et al., arXiv:2410.12982, relaxed convolution): after x[t], y[t] is final.
+// With s = t + 1 and U the largest power of two that divides s, the tile x[s - U, s) is added to y[s, s + U): every pair of
+// an input and a later result meets once. Tiles below kDecodeTile are direct sums, others transforms.
+constexpr int64_t kDecodeTile = 128;
+constexpr int64_t decode_points(int64_t tile) { return tile < spectrum::kMinPoints ? spectrum::kMinPoints : tile; }
+constexpr int log2_of(int64_t power) { int n = 0; while (power > 1) { power /= 2; ++n; } return n; }
+
+struct DecodeArgs {
+  const float* x_t;           // [b, h]
+  float* y_t;                 // [b, h]
+  float *x, *y;               // [b, h, capacity]: inputs so far, and results with what is known of later ones
+  const float* k;             // [h, taps]; lags beyond are zero
+  const float* const* specs;  // [i]: fftconv_prepare of lags 0 .. 2 U - 1 with decode_points(U) points, U = kDecodeTile << i
+  int64_t b, h, capacity, taps, t;
+};
+
+size_t fftconv_decode_workspace(const DecodeArgs&, int threads);
+void fftconv_decode_step(const DecodeArgs&, void* workspace, const ParallelFor&);
 
 }  // namespace effk

@@ -1,36 +1,13 @@
 // Between the caller's rows and fp32 strips: conversion, gates, skip, zero padding and cropping.
 #pragma once
 #include "ops/fftconv/kernels.h"
+#include "simd/convert.h"
 
 namespace effk::EFFK_TIER {
 namespace {
 
 using fft::Sink;
 using fft::Source;
-
-EFFK_INLINE size_t bytes_of(DType t) { return t == DType::f32 ? 4 : 2; }
-template <DType T> EFFK_INLINE vf load_as(const void* p, int64_t i) {
-  const char* at = static_cast<const char*>(p) + i * int64_t(bytes_of(T));
-  if constexpr (T == DType::f32) return load_f32(at);
-  else if constexpr (T == DType::bf16) return load_bf16(at);
-  else return load_f16(at);
-}
-template <DType T> EFFK_INLINE void store_as(void* p, int64_t i, vf v) {
-  char* at = static_cast<char*>(p) + i * int64_t(bytes_of(T));
-  if constexpr (T == DType::f32) store_f32(at, v);
-  else if constexpr (T == DType::bf16) store_bf16(at, v);
-  else store_f16(at, v);
-}
-template <DType T> EFFK_INLINE vf load_part(const void* p, int64_t i, int count) {
-  char part[64] = {};
-  std::memcpy(part, static_cast<const char*>(p) + i * int64_t(bytes_of(T)), size_t(count) * bytes_of(T));
-  return load_as<T>(part, 0);
-}
-template <DType T> EFFK_INLINE void store_part(void* p, int64_t i, int count, vf v) {
-  char part[64];
-  store_as<T>(part, 0, v);
-  std::memcpy(static_cast<char*>(p) + i * int64_t(bytes_of(T)), part, size_t(count) * bytes_of(T));
-}
 
 // dst[i] = v(n + i) for i < count, a multiple of 16; v is zero outside [0, length).
 template <DType T> void gather_as(const Source& s, int64_t n, int64_t count, float* dst) {

@@ -87,6 +87,9 @@ struct Kernel {
   void (*scatter)(const Sink&, int64_t n, int64_t count, const float* src);
   // sum[i] += a[i] conj(b[i]) over `points` points of two spectra.
   void (*accumulate)(float* sum, const float* a, const float* b, int64_t points);
+  // Short filters, simd/fir.h.
+  void (*fir)(const float* x, const float* taps, int64_t k, float* y, int64_t count);
+  void (*fir_tile)(const float* x, const float* taps, int64_t tile, float* y);
 };
 
 EFFK_EXPORT extern const Kernel* const kKernels[];  // highest tier first

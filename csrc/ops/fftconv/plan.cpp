@@ -110,4 +110,55 @@ const Plan* plan_of(int64_t m) {
   return &found->second->plan;
 }
 
+namespace {
+
+// Flops a result: the split-radix count of both transforms and the product, over the results kept for each point, with what the measured rate loses once a transform leaves the first- and second-level caches (Zen 5).
+double cost(int64_t points, double kept) {
+  double log = 0;
+  for (int64_t m = points; m > 1; m /= 2) ++log;
+  const double memory = points <= 4096 ? 1.0 : points <= 16384 ? 1.1 : 1.7;
+  return (8 * log + 10) * memory / kept;
+}
+constexpr double kFirFlops = 2.0;      // a tap; runs at about the rate of the transform: loads bound it
+constexpr double kSaveOverhead = 1.1;  // of copying at the borders of blocks
+
+}  // namespace
+
+Choice choose(int64_t taps, int64_t n_fft, spectrum::Mode mode, spectrum::Scheme scheme) {
+  using spectrum::Mode;
+  using spectrum::Scheme;
+  const int64_t full = spectrum::smallest_points(mode == Mode::circular ? n_fft : (n_fft + 1) / 2);
+  const int64_t fits = full <= spectrum::kMaxPoints ? full : 0;
+  if (mode != Mode::causal || scheme == Scheme::fft) return {Scheme::fft, fits};
+  if (scheme == Scheme::direct) return {scheme, 0};
+  const int64_t length = n_fft - taps + 1;
+  double best = 0;
+  int64_t block = 0;
+  for (int64_t m = 512; m <= spectrum::kMaxPoints && m <= 65536; m *= 2) {
+    if (m < taps) continue;
+    const double c = cost(m, double(2 * m - taps + 1) / double(m)) * kSaveOverhead;
+    if (block == 0 || c < best) { best = c; block = m; }
+  }
+  if (scheme == Scheme::overlap_save) return {scheme, block ? block : fits};
+  const double whole = cost(fits, double(length) / double(fits));
+  if (fits == 0) return {Scheme::fft, 0};
+  const double direct = kFirFlops * double(taps);
+  if (direct <= whole && (block == 0 || direct <= best)) return {Scheme::direct, 0};
+  if (block && block < fits && best < whole) return {Scheme::overlap_save, block};
+  return {Scheme::fft, fits};
+}
+
+std::string describe(int64_t taps, int64_t n_fft, spectrum::Mode mode, spectrum::Scheme scheme) {
+  const Choice c = choose(taps, n_fft, mode, scheme);
+  if (c.scheme == spectrum::Scheme::direct) return "direct: " + std::to_string(taps) + " taps";
+  if (c.points == 0) return "none: no transform of that size";
+  const Plan& p = *plan_of(c.points);
+  std::string text = c.scheme == spectrum::Scheme::fft ? "fft" : "overlap_save, blocks of " + std::to_string(2 * c.points);
+  text += ": " + std::to_string(c.points) + " complex points = ";
+  for (int i = 0; i < p.levels; ++i) text += std::to_string(p.level[i].radix) + " x ";
+  text += std::to_string(spectrum::kLane);
+  if (p.blocks == 1) return text + ", one block";
+  return text + ", " + std::to_string(p.blocks) + " blocks of " + std::to_string(p.block) + (p.head == 2 ? ", two levels a sweep" : "");
+}
+
 }  // namespace effk::fft

@@ -1,5 +1,7 @@
 // Transform plans: made once per size, shared by all threads, kept for the life of the process.
 #pragma once
+#include <string>
+
 #include "ops/fftconv/kernels.h"
 
 namespace effk::fft {
@@ -13,5 +15,8 @@ struct Choice {
   int64_t points;
 };
 Choice choose(int64_t taps, int64_t n_fft, spectrum::Mode mode, spectrum::Scheme scheme);
+
+// One line: the scheme, the size, its factors, and what works at a time.
+EFFK_EXPORT std::string describe(int64_t taps, int64_t n_fft, spectrum::Mode mode, spectrum::Scheme scheme);
 
 }  // namespace effk::fft

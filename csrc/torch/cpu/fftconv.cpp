@@ -1,6 +1,7 @@
 // CPU binding of the fftconv ops: checks the arguments (torch/fftconv_args.h), allocates, and calls ops/fftconv.
 #include "ops/fftconv/fftconv.h"
 
+#include <algorithm>
 #include <tuple>
 #include <vector>
 
@@ -29,7 +30,7 @@ Header check_spec(const char* op, const View& spec, const Rows& r, int64_t n_fft
              scheme_name(scheme), "', got '", scheme_name(h.scheme), "'");
   EFFK_CHECK(h.channels == r.h, op, ": spec: expected one of H = ", r.h, " channels as u has, got ", h.channels);
   const size_t floats = fftconv_spec_floats(h.channels, h.taps, h.n_fft, h.mode, h.scheme);
-  EFFK_CHECK(floats != 0 && size_t(spec.sizes[0]) == floats && h.taps >= 1 && (h.channels == 0 || spectrum::kHeaderFloats + h.channels * h.stride == spec.sizes[0]),
+  EFFK_CHECK(h.taps >= 1 && floats != 0 && size_t(spec.sizes[0]) == floats && spectrum::kHeaderFloats + h.channels * h.stride == spec.sizes[0],
              op, ": spec: expected ", floats, " floats, got ", spec.sizes[0]);
   check_fits(op, mode, n_fft, h.taps, r.l);
   return h;
@@ -107,6 +108,67 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy, co
   return {gu, gk, gpre, gpost, gskip};
 }
 
+// Lags 0 .. 2 tile - 1 for one tile of decoding: a causal spectrum of decode_points(tile) points.
+Tensor decode_prepare(const Tensor& k, int64_t tile) {
+  constexpr const char* op = "fftconv_decode_prepare";
+  const View view(k);
+  if (view.dim != 2 || view.dtype != dtypes().f32 || !view.contiguous || !(view.home == kCpu) || view.sizes[1] < 1)
+    Arg{op, "k"}.fail("float32 [H, K] with K >= 1, contiguous, on cpu", view.text());
+  if (tile < kDecodeTile || tile > kMaxFft / 2 || (tile & (tile - 1)) != 0)
+    Arg{op, "tile"}.fail("a power of two from " + std::to_string(kDecodeTile) + " to " + std::to_string(kMaxFft / 2), std::to_string(tile));
+  const int64_t h = view.sizes[0], taps = view.sizes[1], lags = 2 * tile, n_fft = 2 * decode_points(tile);
+  std::vector<float> cut;  // rows of the first lags
+  const float* rows = view.data<float>();
+  if (taps > lags) {
+    cut.resize(size_t(h * lags));
+    for (int64_t i = 0; i < h; ++i) std::copy_n(rows + i * taps, lags, cut.data() + i * lags);
+    rows = cut.data();
+  }
+  const int64_t used = std::min(taps, lags);
+  constexpr auto mode = spectrum::Mode::causal;
+  constexpr auto scheme = spectrum::Scheme::fft;
+  Tensor spec = empty({int64_t(fftconv_spec_floats(h, used, n_fft, mode, scheme))}, dtypes().f32);
+  const ParallelFor pool = torch_pool();
+  fftconv_prepare(rows, h, used, n_fft, mode, scheme, static_cast<float*>(spec.mutable_data_ptr()),
+                  scratch(fftconv_prepare_workspace(h, used, n_fft, mode, scheme, pool.threads)), pool);
+  return spec;
+}
+
+Tensor decode_step(const Tensor& x_t, Tensor xbuf, Tensor ybuf, const Tensor& k, std::vector<Tensor> specs, int64_t t) {
+  constexpr const char* op = "fftconv_decode_step";
+  const Dtypes& d = dtypes();
+  const View x(xbuf), y(ybuf), now(x_t), taps(k);
+  if (x.dim != 3 || x.dtype != d.f32 || !x.contiguous || !(x.home == kCpu)) Arg{op, "xbuf"}.fail("float32 [B, H, T], contiguous, on cpu", x.text());
+  const int64_t b = x.sizes[0], h = x.sizes[1], capacity = x.sizes[2];
+  expect(Arg{op, "ybuf"}, y, {d.f32}, {b, h, capacity});
+  expect(Arg{op, "x_t"}, now, {d.f32}, {b, h});
+  if (taps.dim != 2 || taps.sizes[1] < 1) Arg{op, "k"}.fail("float32 [H, K] with K >= 1, contiguous, on cpu", taps.text());
+  expect(Arg{op, "k"}, taps, {d.f32}, {h, taps.sizes[1]});
+  EFFK_CHECK(t >= 0 && t < capacity, op, ": t: expected 0 to T - 1 = ", capacity - 1, ", got ", t);
+  const int64_t s = t + 1, tile = s & -s;
+  std::vector<const float*> prepared(specs.size());
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const View spec(specs[i]);
+    const int64_t points = decode_points(kDecodeTile << i);
+    const Arg arg{op, "specs", int(i)};
+    expect(arg, spec, {d.f32}, {spectrum::kHeaderFloats + h * 2 * points});
+    prepared[i] = spec.data<float>();
+    const spectrum::Header head = spectrum::read_header(prepared[i]);
+    if (head.magic != spectrum::kMagic || head.plan != spectrum::kPlanCpu || head.points != points || head.channels != h || head.scheme != spectrum::Scheme::fft)
+      arg.fail("what fftconv_decode_prepare returns for tile " + std::to_string(kDecodeTile << i), "another tensor");
+  }
+  if (s < capacity && tile >= kDecodeTile) {
+    const int64_t needed = log2_of(tile / kDecodeTile) + 1;
+    EFFK_CHECK(int64_t(specs.size()) >= needed, op, ": specs: expected at least ", needed, " at t = ", t, ", got ", specs.size());
+  }
+  Tensor out = empty({b, h}, d.f32);
+  DecodeArgs args{now.data<float>(), static_cast<float*>(out.mutable_data_ptr()), static_cast<float*>(xbuf.mutable_data_ptr()),
+                  static_cast<float*>(ybuf.mutable_data_ptr()), taps.data<float>(), prepared.data(), b, h, capacity, taps.sizes[1], t};
+  const ParallelFor pool = torch_pool();
+  fftconv_decode_step(args, scratch(fftconv_decode_workspace(args, pool.threads)), pool);
+  return out;
+}
+
 }  // namespace
 }  // namespace effk::binding
 
@@ -115,4 +177,6 @@ STABLE_TORCH_LIBRARY_IMPL(effk, CPU, m) {
   m.impl("fftconv_prepare", TORCH_BOX(&prepare));
   m.impl("fftconv", TORCH_BOX(&convolve));
   m.impl("fftconv_backward", TORCH_BOX(&backward));
+  m.impl("fftconv_decode_prepare", TORCH_BOX(&decode_prepare));
+  m.impl("fftconv_decode_step", TORCH_BOX(&decode_step));
 }
