@@ -20,7 +20,6 @@ Operations (library ``effk``):
         -> (gu, gk, gpre, gpost, gskip)
     fftconv_decode_prepare(k, tile) -> spec                                 lags 0 .. 2 tile - 1, tile = 128 * 2**i
     fftconv_decode_step(x_t, xbuf, ybuf, k, specs, t) -> y_t                writes xbuf, ybuf
-    fftconv_plan(n_fft, L, K, mode, scheme, rows) -> str                    what a call would do
 
 Shapes and dtypes: u, pregate, postgate, y ``(B, H, L)`` of one dtype, fp32, bf16 or fp16, dense; any L >= 1. k
 ``(H, K)`` fp32, skip ``(H,)`` fp32. spec: an opaque fp32 buffer that names the n_fft, mode and scheme it was made for; any
@@ -124,12 +123,10 @@ def fftconv(
     return torch.ops.effk.fftconv(u, spec, pregate, postgate, skip, n_fft, mode, scheme)
 
 
-def plan(
-    length: int, taps: int, n_fft: int | None = None, mode: str = "causal", scheme: str = "auto", rows: int = 1
-) -> str:
-    """What a call on ``rows`` rows of ``length`` with filters of ``taps`` would do on this machine, in words."""
+def plan(length: int, taps: int, n_fft: int | None = None, mode: str = "causal", scheme: str = "auto") -> str:
+    """What a call on CPU rows of ``length`` with filters of ``taps`` does: scheme, transform, factors, blocks."""
     size = default_n_fft(length, taps, mode) if n_fft is None else n_fft
-    return torch.ops.effk.fftconv_plan(size, length, taps, mode, scheme, rows)
+    return _C.fftconv_plan(size, taps, mode, scheme)
 
 
 def _rows(u: Tensor, pregate: Tensor | None, postgate: Tensor | None) -> list[Tensor | None]:
