@@ -14,19 +14,8 @@
 namespace effk::EFFK_TIER {
 namespace {
 
-// Denormals in decaying filters cost a hundred cycles each; they are flushed while a kernel runs.
-struct FlushDenormals {
-#ifdef EFFK_SCALAR
-  FlushDenormals() {}
-#else
-  unsigned saved = _mm_getcsr();
-  FlushDenormals() { _mm_setcsr(saved | 0x8040u); }
-  ~FlushDenormals() { _mm_setcsr(saved); }
-#endif
-};
-
 constexpr int64_t kStrip = 128;     // columns converted or gated at a time: 8 rows of them are 4 KiB
-constexpr int64_t kHeadStrip = 32;  // columns that two levels share: 64 rows of them are 16 KiB
+constexpr int64_t kHeadStrip = 64;  // columns that two levels share: 64 rows of them are 32 KiB
 
 // Where column c of the first level lies in a row of the work buffer, which has gaps when the head is two levels.
 EFFK_INLINE int64_t place(const Plan& p, int64_t c) {
@@ -130,7 +119,6 @@ template <bool Inv> void second_level(const Plan& p, float* work, int64_t c0, in
 }
 
 void first(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1) {
-  const FlushDenormals flush;
   if (p.head == 1) return first_level(p, s, work, c0, c1);
   const int64_t row = p.columns();
   for (int64_t c = c0; c < c1; c += kHeadStrip) {
@@ -141,7 +129,6 @@ void first(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1) 
 }
 
 void last(const Plan& p, float* work, const Sink& s, int64_t c0, int64_t c1) {
-  const FlushDenormals flush;
   if (p.head == 1) return last_level(p, work, s, c0, c1);
   const int64_t row = p.columns();
   for (int64_t c = c0; c < c1; c += kHeadStrip) {
@@ -152,7 +139,6 @@ void last(const Plan& p, float* work, const Sink& s, int64_t c0, int64_t c1) {
 }
 
 template <class Middle> void middle(const Plan& p, float* work, int64_t b0, int64_t b1, const Middle& m) {
-  const FlushDenormals flush;
   for (int64_t b = b0; b < b1; ++b) inner(p, p.head, p.block, work + p.block_start(b) * 2, (b - b0) * p.block, m);
 }
 
@@ -170,7 +156,6 @@ void from_spectrum(const Plan& p, float* work, const float* a, const float* b, b
 }
 
 void accumulate(float* sum, const float* a, const float* b, int64_t points) {
-  const FlushDenormals flush;
   for (int64_t i = 0; i < points * 2; i += kVec)
     for (int h = 0; h < 16; h += kLanes) {
       const Complex t = load_c(b + i + h), s = load_c(sum + i + h);
@@ -179,7 +164,6 @@ void accumulate(float* sum, const float* a, const float* b, int64_t points) {
 }
 
 void scatter(const Sink& s, int64_t n, int64_t count, const float* src) {
-  const FlushDenormals flush;
   scatter_sink(s, n, count, src);
 }
 void gather(const Source& s, int64_t n, int64_t count, float* dst) { gather_source(s, n, count, dst); }

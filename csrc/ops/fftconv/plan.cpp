@@ -11,8 +11,8 @@
 namespace effk::fft {
 namespace {
 
-constexpr int64_t kTablePoints = 8192;   // a full table up to here (64 KiB); two factors beyond
-constexpr int64_t kHeadPoints = 32768;   // from here two levels share one sweep over memory
+constexpr int64_t kTablePoints = 2048;   // a full table up to here (16 KiB): larger ones push the row out of the first-level cache
+constexpr int64_t kHeadPoints = 65536;   // from here two levels share one sweep over memory
 constexpr int64_t kNearPoints = 4096;    // up to here the middle phase is one block, level by level
 constexpr int64_t kPad = 16;             // points between rows that would share cache sets: two lines
 

@@ -1,6 +1,5 @@
 // Portable tier: plain loops over 16 lanes. The floor that runs anywhere, not meant to be fast.
 #define EFFK_TIER scalar
-#define EFFK_SCALAR
 #include "simd/scalar.h"
 
 #include "ops/fftconv/body.h"

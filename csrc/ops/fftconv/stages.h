@@ -11,7 +11,7 @@ using fft::Ahead;
 using fft::Level;
 using fft::Plan;
 constexpr int kVec = 32;                      // floats per vector of 16 points
-constexpr int kAhead = 64;                    // floats: what the next strip but one reads or writes, four lines on
+constexpr int kAhead = 128;                   // floats: what the next strip but one reads or writes
 constexpr int kCoefAhead = 2048;              // floats of the spectrum
 constexpr int64_t kNearPoints = 4096;         // blocks of this size stay in the first-level cache: 32 KiB
 
@@ -34,9 +34,10 @@ template <int R> EFFK_INLINE void transpose_quads(Complex (&z)[R]) {
   }
 }
 template <int R, bool Inv, bool TwoFactor, bool Quads>
-void pass_columns(const Level& l, float* x, int64_t v0, int64_t v1) {
+void pass_columns(const Level& l, float* x, int64_t v0, int64_t v1, int64_t blocks = 1) {
   const int64_t row = l.row * 2;
-  for (int64_t v = v0; v < v1; ++v)
+  for (; blocks > 0; --blocks, x += l.size * 2)
+   for (int64_t v = v0; v < v1; ++v)
     for (int h = 0; h < 16; h += kLanes) {
       Complex z[R];
       float* p = x + v * kVec + h;
@@ -60,15 +61,16 @@ void pass_columns(const Level& l, float* x, int64_t v0, int64_t v1) {
     }
 }
 
-template <int R, bool Inv> void pass_radix(const Level& l, float* x) {
+// `blocks` adjacent blocks of one level.
+template <int R, bool Inv> void pass_radix(const Level& l, float* x, int64_t blocks) {
   const int64_t vecs = l.size / R / 16;
-  if (vecs == 1) pass_columns<R, Inv, false, true>(l, x, 0, 1);
-  else if (l.table) pass_columns<R, Inv, false, false>(l, x, 0, vecs);
-  else pass_columns<R, Inv, true, false>(l, x, 0, vecs);
+  if (vecs == 1) pass_columns<R, Inv, false, true>(l, x, 0, 1, blocks);
+  else if (l.table) pass_columns<R, Inv, false, false>(l, x, 0, vecs, blocks);
+  else pass_columns<R, Inv, true, false>(l, x, 0, vecs, blocks);
 }
-template <bool Inv> void pass(const Level& l, float* x) {
-  if (l.radix == 8) pass_radix<8, Inv>(l, x);
-  else pass_radix<4, Inv>(l, x);
+template <bool Inv> void pass(const Level& l, float* x, int64_t blocks) {
+  if (l.radix == 8) pass_radix<8, Inv>(l, x, blocks);
+  else pass_radix<4, Inv>(l, x, blocks);
 }
 
 // First pass: real (or complex) rows of the source, weighted, transformed, times twiddles, to the work buffer. `re` and `im`
@@ -264,19 +266,17 @@ template <class Middle>
 void inner(const Plan& p, int level, int64_t size, float* x, int64_t at, const Middle& middle) {
   if (size <= kNearPoints) {
     if constexpr (Middle::kForward)
-      for (int i = level; i < p.levels; ++i)
-        for (int64_t o = 0; o < size; o += p.level[i].size) pass<false>(p.level[i], x + o * 2);
+      for (int i = level; i < p.levels; ++i) pass<false>(p.level[i], x, size / p.level[i].size);
     for (int64_t o = 0; o < size; o += spectrum::kBlockPoints) middle(x + o * 2, at + o);
     if constexpr (Middle::kInverse)
-      for (int i = p.levels - 1; i >= level; --i)
-        for (int64_t o = 0; o < size; o += p.level[i].size) pass<true>(p.level[i], x + o * 2);
+      for (int i = p.levels - 1; i >= level; --i) pass<true>(p.level[i], x, size / p.level[i].size);
     return;
   }
   const Level& l = p.level[level];
   const int64_t row = size / l.radix;
-  if constexpr (Middle::kForward) pass<false>(l, x);
+  if constexpr (Middle::kForward) pass<false>(l, x, 1);
   for (int k = 0; k < l.radix; ++k) inner(p, level + 1, row, x + k * row * 2, at + k * row, middle);
-  if constexpr (Middle::kInverse) pass<true>(l, x);
+  if constexpr (Middle::kInverse) pass<true>(l, x, 1);
 }
 
 }  // namespace
