@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-OPS = ("wq_linear", "runtime")
+OPS = ("wq_linear", "fftconv", "runtime")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -43,14 +43,19 @@ def pin(threads: int) -> None:
 @app.command()
 def main(
     op: Annotated[str, typer.Option(help="What to measure: " + " or ".join(OPS) + ".")] = "wq_linear",
-    quick: Annotated[bool, typer.Option("--quick", help="Two shapes, three batches: about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two shapes, fewer turns: about a minute.")] = False,
     threads: Annotated[int, typer.Option(help="Threads, pinned to as many cores.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON object per row here.")] = None,
     isa: Annotated[str, typer.Option(help="Tier of ours; default: the best one, and avx2 beside it.")] = "",
     m: Annotated[str, typer.Option(help="Rows of x, e.g. 1,4,32.")] = "",
     bits: Annotated[str, typer.Option(help="Widths of the weight, e.g. 4,3.")] = "",
     compute: Annotated[str, typer.Option(help="Forms of ours: int8,float.")] = "",
-    shape: Annotated[str, typer.Option(help="Shapes NxK of the standard set, e.g. 4096x4096,1536x576.")] = "",
+    shape: Annotated[
+        str, typer.Option(help="Shapes of the standard set, e.g. 4096x4096 (NxK) or 8x768x1024 (BxHxL).")
+    ] = "",
+    kinds: Annotated[
+        str, typer.Option("--kind", help="fftconv: forward,forward uncached,gated,backward,decode,memory.")
+    ] = "",
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure competitors too.")] = True,
     model: Annotated[list[Path] | None, typer.Option(help="runtime: folders written by `effk compress`.")] = None,
     readme: Annotated[
@@ -84,7 +89,79 @@ def main(
         if json_file:
             write_jsonl(json_file, rows)
         return
+    if op == "fftconv":
+        given = {"m": m, "bits": bits, "compute": compute}
+        if names := [f"--{name}" for name, value in given.items() if value]:
+            raise typer.BadParameter(f"--op fftconv: expected no {', '.join(names)}: options of wq_linear")
+        convolution(quick, threads, json_file, isa, shape, kinds, baselines, console)
+        return
     linear(quick, threads, json_file, isa, m, bits, compute, shape, baselines, console)
+
+
+def tiers_of(isa: str) -> tuple[str, ...]:
+    """Ours to measure: the one that was asked for, or the best one with avx2 beside it."""
+    import effk
+
+    tiers = (isa,) if isa else tuple(dict.fromkeys((effk.isa.supported()[-1], "avx2")))
+    for tier in tiers:
+        if tier not in effk.isa.supported():
+            raise typer.BadParameter(f"--isa: expected one of {', '.join(effk.isa.supported())}, got {tier!r}")
+    return tiers
+
+
+def some_of(option: str, text: str, known: dict[str, object], default: tuple) -> tuple:
+    """The values that a text of names with commas chooses."""
+    if not text:
+        return default
+    if unknown := [name for name in text.split(",") if name not in known]:
+        raise typer.BadParameter(f"{option}: expected some of {', '.join(known)}, got {', '.join(unknown)}")
+    return tuple(known[name] for name in text.split(","))
+
+
+def convolution(
+    quick: bool,
+    threads: int,
+    json_file: Path | None,
+    isa: str,
+    shape: str,
+    kinds: str,
+    baselines: bool,
+    console: Console,
+) -> None:
+    """The fftconv table."""
+    import torch
+
+    from . import fftconv_problem as problem
+    from . import fftconv_table, measure, report
+
+    extras = [problem.DECODE, "memory"]
+    every = list(problem.QUICK_KINDS if quick else problem.KINDS) + (extras if not quick and not shape else [])
+    chosen = some_of("--kind", kinds, {name: name for name in (*problem.KINDS, *extras)}, tuple(every))
+    default = problem.QUICK if quick else problem.SHAPES
+    plan = fftconv_table.Plan(
+        some_of("--shape", shape, {str(s): s for s in problem.SHAPES}, default),
+        threads,
+        tiers_of(isa),
+        tuple(kind for kind in chosen if kind in problem.KINDS),
+        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
+        turns=3 if quick else 5,
+        baselines=baselines,
+        decode=problem.DECODE in chosen,
+        memory="memory" in chosen,
+    )
+    with console.status("measuring") as status, torch.inference_mode():
+        result = fftconv_table.run(plan, lambda text: (status.update(text), console.log(text)))
+    save(json_file, result, "fftconv")
+    report.print_run(result, console)
+
+
+def save(json_file: Path | None, result: object, op: str) -> None:
+    """Writes the rows of a `measure.Result`, with the machine's limits before and what was missing after them."""
+    from . import measure, report
+
+    if json_file:
+        rows = [*measure.machine_rows(result), *result.rows, *measure.missing_rows(result, op)]
+        report.write_jsonl(json_file, rows)
 
 
 def linear(
@@ -102,27 +179,18 @@ def linear(
     """The wq_linear table."""
     import torch
 
-    import effk
+    from . import measure, report, shapes, wq_linear_table
 
-    from . import measure, report, shapes
-
-    tiers = (isa,) if isa else tuple(dict.fromkeys((effk.isa.supported()[-1], "avx2")))
-    for tier in tiers:
-        if tier not in effk.isa.supported():
-            raise typer.BadParameter(f"--isa: expected one of {', '.join(effk.isa.supported())}, got {tier!r}")
-    chosen = shapes.LINEAR_QUICK if quick else shapes.LINEAR
-    if shape:
-        names = {str(s): s for s in shapes.LINEAR}
-        if unknown := [s for s in shape.split(",") if s not in names]:
-            raise typer.BadParameter(f"--shape: expected some of {', '.join(names)}, got {', '.join(unknown)}")
-        chosen = tuple(names[s] for s in shape.split(","))
+    tiers = tiers_of(isa)
+    default = shapes.LINEAR_QUICK if quick else shapes.LINEAR
+    chosen = some_of("--shape", shape, {str(s): s for s in shapes.LINEAR}, default)
     widths = integers(bits) if bits else shapes.BITS
     forms = tuple(compute.split(",")) if compute else shapes.FORMS
     for name, given, legal in (("bits", widths, shapes.BITS), ("compute", forms, shapes.FORMS)):
         if not set(given) <= set(legal):
             raise typer.BadParameter(f"--{name}: expected some of {legal}, got {given}")
     ms = integers(m) if m else shapes.MS_QUICK if quick else shapes.MS
-    plan = measure.Plan(
+    plan = wq_linear_table.Plan(
         chosen,
         ms,
         threads,
@@ -137,11 +205,8 @@ def linear(
         console.status("measuring") as status,
         torch.inference_mode(),
     ):  # as deployed: autograd alone costs microseconds a call
-        result = measure.run(plan, lambda text: (status.update(text), console.log(text)))
-    if json_file:
-        report.write_jsonl(
-            json_file, [*measure.machine_rows(result), *result.rows, *measure.missing_rows(result, threads)]
-        )
+        result = wq_linear_table.run(plan, lambda text: (status.update(text), console.log(text)))
+    save(json_file, result, "wq_linear")
     report.print_run(result, console)
 
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from . import fftconv_bars
 from .report import COLD, Row, figure, read_jsonl, set_vs_best
+from .verdict import Finding, Verdict
 
 INT8, FLOAT = f"int8, {COLD}", f"float, {COLD}"
 BANDWIDTH = {
@@ -26,36 +27,6 @@ AGAINST_BEST_4BIT = {4: 1.3, 8: 1.3, 16: 1.3, 32: 1.3, 128: 1.1}  # M -> least
 PEAK, PEAK_FROM_M = 0.70, 32
 OUTLIER_COST = 1.15
 DECODE, PREFILL = 1.5, 1.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One bar at one row: the figure, and where it was found."""
-
-    value: float
-    where: str
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A bar over all its rows."""
-
-    name: str
-    threads: int
-    least: float
-    findings: tuple[Finding, ...]
-
-    @property
-    def worst(self) -> Finding | None:
-        """The lowest figure."""
-        return min(self.findings, key=lambda f: f.value, default=None)
-
-    @property
-    def outcome(self) -> str:
-        """ "pass", "fail", or "open" when there are no rows for it."""
-        if self.worst is None:
-            return "open"
-        return "pass" if self.worst.value >= self.least else "fail"
 
 
 class Rows:
@@ -100,6 +71,7 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
     for threads in sorted({r.threads for r in rows}):
         verdicts += linear_bars(Rows(rows, threads))
         verdicts += model_bars(Rows(rows, threads))
+        verdicts += fftconv_bars.judge(rows, threads)
     return verdicts
 
 
@@ -108,7 +80,8 @@ def linear_bars(rows: Rows) -> Iterator[Verdict]:
 
     def verdict(name: str, least: float, found: Sequence[Row], value: Callable[[Row], float | None]) -> Verdict:
         values = [(value(r), where(r)) for r in found]
-        return Verdict(name, rows.threads, least, tuple(Finding(v, w) for v, w in values if v is not None))
+        findings = tuple(Finding(v, w) for v, w in values if v is not None)
+        return Verdict(name, rows.threads, least, findings, information="(information)" in name)
 
     for bits, least in BANDWIDTH.get(rows.threads, {}).items():
         found = rows.ours(INT8, M=1, bits=bits)
@@ -157,7 +130,7 @@ def model_bars(rows: Rows) -> Iterator[Verdict]:
     for kind, least in (("decode", DECODE), ("prefill", PREFILL)):
         found = [r for r in rows.all if r.op == "runtime" and r.ours and r.case.startswith(kind) and r.vs_best]
         values = tuple(Finding(r.vs_best, r.case) for r in found if "llm-mq" in r.case)
-        yield Verdict(f"SmolLM2 {kind}: x PyTorch bf16 eager", rows.threads, least, values)
+        yield Verdict(f"SmolLM2 {kind}: x PyTorch bf16 eager", rows.threads, least, values, op="runtime")
 
 
 def vs_best(row: Row) -> float | None:
@@ -194,7 +167,8 @@ def report(paths: Sequence[Path], console: Console) -> int:
     table = Table(title="Speed bars", title_justify="left")
     for name in ("threads", "bar", "asked", "worst", "at", "best", "outcome"):
         table.add_column(name, justify="right" if name in ("threads", "asked", "worst", "best") else "left")
-    verdicts = [v for v in judge(rows) if v.findings or v.name.startswith("M=")]
+    there = {row.op for row in rows}
+    verdicts = [v for v in judge(rows) if v.findings or v.op in there]
     for v in verdicts:
         worst = v.worst
         best = max((f.value for f in v.findings), default=None)
@@ -210,7 +184,7 @@ def report(paths: Sequence[Path], console: Console) -> int:
             style={"pass": "green", "fail": "red"}.get(v.outcome),
         )
     console.print(table)
-    counted = [v for v in verdicts if "(information)" not in v.name]
+    counted = [v for v in verdicts if not v.information]
     passed = sum(v.outcome == "pass" for v in counted)
     failed = sum(v.outcome == "fail" for v in counted)
     console.print(f"{passed} of {len(counted)} bars hold, {failed} fail, {len(counted) - passed - failed} open")

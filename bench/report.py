@@ -50,6 +50,11 @@ class Row:
         return self.backend.startswith(OURS)
 
     @property
+    def kind(self) -> str:
+        """What a row's call does, where ops have several: rows compete within a kind. The case says how as well."""
+        return self.case.partition(",")[0] if self.op == "fftconv" else ""
+
+    @property
     def valid(self) -> bool:
         """A row without a match, or with one above 1, is not a result."""
         return self.match is not None and self.match <= 1
@@ -103,7 +108,7 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def set_vs_best(rows: Sequence[Row]) -> None:
-    """Fills vs_best of our cold rows from valid cold rows of competitors of the same op, threads, shape and bits."""
+    """Fills vs_best of our cold rows from valid cold rows of competitors of the same op, threads, shape and kind."""
     best: dict[tuple, float] = {}
     for row in rows:
         if not row.ours and row.valid and row.us and not row.case.endswith(WARM):
@@ -115,7 +120,7 @@ def set_vs_best(rows: Sequence[Row]) -> None:
 
 def _class(row: Row) -> tuple:
     fixed = tuple((k, v) for k, v in sorted(row.shape.items()) if k not in ("group", "outliers"))
-    return row.op, row.threads, fixed
+    return row.op, row.threads, row.kind, fixed
 
 
 def best_competitor(rows: Sequence[Row], like: Row) -> Row | None:
@@ -156,14 +161,20 @@ COLUMNS = (
 )
 
 
+def shape_name(row: Row) -> str:
+    """Short name of a row's shape."""
+    s = row.shape
+    if row.op == "fftconv":
+        return f"{s['B']}x{s['H']}x{s['L']}"
+    return f"M={s['M']} {s['N']}x{s['K']} {s['bits']}b" if "bits" in s else " ".join(f"{k}={v}" for k, v in s.items())
+
+
 def cells(row: Row) -> list[str]:
     """The table's text for a row."""
-    s = row.shape
-    shape = f"M={s['M']} {s['N']}x{s['K']} {s['bits']}b" if "bits" in s else " ".join(f"{k}={v}" for k, v in s.items())
     roof = None if row.roofline is None else 100 * row.roofline
     match = figure(row.match, 2) if row.valid else f"WRONG {figure(row.match, 2)}"
     return [
-        shape,
+        shape_name(row),
         f"{row.backend} {row.version}".strip(),
         row.case,
         row.isa,
@@ -192,7 +203,7 @@ def print_table(rows: Sequence[Row], console: Console, title: str) -> None:
         )
     previous = None
     for row in rows:
-        group = (row.shape.get("M"), row.shape.get("N"), row.shape.get("K"))
+        group = _block(row)
         if previous not in (None, group):
             table.add_section()
         previous = group
@@ -207,33 +218,44 @@ def print_summary(rows: Sequence[Row], console: Console) -> None:
         table.add_column(name, justify="left" if name in ("case", "isa") else "right")
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
-        if row.ours and "N" in row.shape and row.valid and not row.case.endswith(WARM):
-            groups.setdefault((row.case, row.isa, row.shape["bits"], row.shape["M"]), []).append(row)
+        if row.ours and row.roofline and row.valid and not row.case.endswith(WARM):
+            key = row.case, row.isa, row.shape.get("bits", 0), row.shape.get("M", 0)
+            groups.setdefault(key, []).append(row)
     for key, members in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1], -item[0][2], item[0][3])):
-        table.add_row(*map(str, key), _mean_and_worst(members, "roofline", 100), _mean_and_worst(members, "vs_best", 1))
+        cells = [str(part) if part else "-" for part in key]
+        table.add_row(*cells, _mean_and_worst(members, "roofline", 100), _mean_and_worst(members, "vs_best", 1))
     console.print(table)
 
 
 def _mean_and_worst(rows: Sequence[Row], name: str, factor: float) -> str:
-    have = [(getattr(r, name) * factor, f"{r.shape['N']}x{r.shape['K']}") for r in rows if getattr(r, name)]
+    have = [(getattr(r, name) * factor, _place(r)) for r in rows if getattr(r, name)]
     if not have:
         return "-"
     worst, where = min(have)
     return f"{figure(geomean([v for v, _ in have]))} ({figure(worst)} at {where})"
 
 
+def _place(row: Row) -> str:
+    return f"{row.shape['N']}x{row.shape['K']}" if "N" in row.shape else shape_name(row)
+
+
 def print_run(result: object, console: Console) -> None:
     """Table, missing baselines, summary and conditions of a `measure.Result`."""
     m = result.machine
     cold = [row for row in result.rows if not row.case.endswith(WARM)]
-    order = {(row.shape["N"], row.shape["K"], row.shape["M"]): i for i, row in reversed(list(enumerate(cold)))}
-    cold.sort(key=lambda r: (order[r.shape["N"], r.shape["K"], r.shape["M"]], r.shape["bits"], not r.ours, r.us))
+    order: dict[tuple, int] = {}
+    for row in cold:
+        order.setdefault(_block(row), len(order))
+    cold.sort(key=lambda r: (order[_block(r)], r.shape.get("bits", 0), not r.ours, r.us or 0.0))
+    state = "cold weights" if cold and cold[0].op == "wq_linear" else "inputs in turn"
     print_table(
-        cold, console, f"{cold[0].op}, {m.threads} thread{'s' * (m.threads > 1)}, cold weights" if cold else "no rows"
+        cold, console, f"{cold[0].op}, {m.threads} thread{'s' * (m.threads > 1)}, {state}" if cold else "no rows"
     )
     for name, reason in result.missing.items():
         console.print(f"missing: {name}: {reason}")
     print_summary(cold, console)
+    for note in result.notes:
+        console.print(note)
     peaks = ", ".join(f"{what} {figure(max(by.values()), 4)}" for what, by in m.peaks.items())
     console.print(
         f"{m.cpu}; {m.threads} pinned; DRAM read {figure(statistics.median(result.dram))} GB/s "
@@ -241,3 +263,8 @@ def print_run(result: object, console: Console) -> None:
         f"rotation {m.rotation_bytes >> 20} MiB; foreign CPU median {statistics.median(result.foreign):.1%}, "
         f"worst block {max(result.foreign):.1%} of a core"
     )
+
+
+def _block(row: Row) -> tuple:
+    """What rows that were timed together have in common."""
+    return row.kind, *(row.shape.get(key) for key in ("N", "K", "M", "B", "H", "L"))

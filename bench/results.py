@@ -7,13 +7,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from . import bars
-from .report import COLD, Row, best_competitor, figure, geomean, read_jsonl, set_vs_best
+from .fftconv_problem import KINDS
+from .report import COLD, Row, best_competitor, figure, geomean, read_jsonl, set_vs_best, shape_name
 
 LEGEND = (
     "Cold: weights rotate over at least four times the last-level cache. Medians. Ours: one call per product; "
     "competitors whose settings say so run all copies in one graph. % roof: least possible time (bytes over the DRAM "
     "bandwidth read between the rows, or operations over the measured peak) over the time. x best: time of the fastest "
-    "competitor of the same bits over ours."
+    "competitor of the same bits (fftconv: of the same kind, allocators tuned for it included) over ours."
 )
 FOLDER = Path(__file__).parent / "results"
 
@@ -46,6 +47,8 @@ def page(rows: list[Row], paths: Sequence[Path]) -> Iterator[str]:
         ]
         if any(r.op == "wq_linear" for r in here):
             yield from ["", "### Ours", "", *ours(here), "", "### The field", "", *field(here)]
+        if any(r.op == "fftconv" for r in here):
+            yield from ["", "### Long convolutions", "", *convolutions(here), "", "### Decoding", "", *decoding(here)]
         if any(r.op == "runtime" for r in here):
             yield from ["", "### Whole models", "", *models(here)]
         missing = sorted(
@@ -161,6 +164,50 @@ def field(rows: Sequence[Row]) -> Iterator[str]:
             for key, found in groups.items()
         ),
     )
+
+
+def convolutions(rows: Sequence[Row]) -> Iterator[str]:
+    """One line per kind and shape: ours on its best tier, on the other one, and every competitor's median."""
+    found = [r for r in rows if r.op == "fftconv" and r.kind in KINDS and r.us]
+    tiers = list(dict.fromkeys(r.isa for r in found if r.ours))
+    versions = {competitor(r): r.version for r in found if not r.ours}
+    groups: dict[tuple[str, str], dict[str, Row]] = {}
+    for r in found:
+        groups.setdefault((r.kind, shape_name(r)), {})[r.isa if r.ours else competitor(r)] = r
+    header = ["kind", "B x H x L", f"{tiers[0]} us", "ns per element", "GFLOP/s", "% roof", "x best"]
+    header += [f"{tier} us" for tier in tiers[1:]] + [f"{name} {version} us" for name, version in versions.items()]
+    lines = []
+    for (kind, shape), by in sorted(groups.items(), key=lambda item: KINDS.index(item[0][0])):
+        if (top := by.get(tiers[0])) is None:
+            continue
+        ns = 1e3 * top.us / (top.shape["B"] * top.shape["H"] * top.shape["L"])
+        figures = (ns, top.gflops, 100 * top.roofline, top.vs_best)
+        rest = [by.get(name) for name in (*tiers[1:], *versions)]
+        lines.append([kind, shape, valid_cell(top), *map(figure, figures), *map(valid_cell, rest)])
+    yield from table(header, lines)
+
+
+def competitor(row: Row) -> str:
+    """A competitor with its settings."""
+    return ", ".join(filter(None, (row.backend, row.case.partition(", ")[2])))
+
+
+def valid_cell(row: Row | None) -> str:
+    """Median microseconds of a right result."""
+    return "wrong result" if row is not None and not row.valid else cell(row)
+
+
+def decoding(rows: Sequence[Row]) -> Iterator[str]:
+    """Microseconds a token."""
+    found = [r for r in rows if r.op == "fftconv" and r.kind == "decode"]
+    lines = []
+    for r in (r for r in found if r.ours):
+        theirs = [o.us for o in found if not o.ours and o.shape == r.shape]
+        count = r.case.partition(", ")[2]
+        lines.append(
+            (str(r.shape["L"]), figure(r.us, 4), figure(min(theirs, default=None), 4), figure(r.vs_best), count)
+        )
+    yield from table(("tokens", "effk us per token", "direct sum us", "times faster", "by count"), lines)
 
 
 def models(rows: Sequence[Row]) -> Iterator[str]:

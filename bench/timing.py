@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import psutil
 
@@ -21,6 +23,9 @@ QUIET_SHARE = 0.06  # of a core, over QUIET_STEP_S, counts as quiet
 QUIET_STEP_S = 0.5
 
 
+Series = Callable[[float, bool], Sequence[float]]  # (seconds, whether to warm up) -> seconds of each call
+
+
 @dataclass(frozen=True)
 class Contender:
     """Something to time."""
@@ -28,6 +33,7 @@ class Contender:
     call: Callable[[], None]
     products: int = 1  # done by one call
     activate: Callable[[], None] = lambda: None  # before each turn, not timed
+    series: Series | None = None  # takes its own times, in another process, instead of having `call` timed
 
 
 @dataclass(frozen=True)
@@ -58,20 +64,28 @@ def turn(contender: Contender, seconds: float, long_call: bool, foreign: Foreign
     """Calls for `seconds`, at least once; one untimed call first unless calls are long."""
     time.sleep(PAUSE_S)
     contender.activate()
-    call = contender.call
-    if not long_call:
-        call()
-    samples = []
-    foreign.restart()
-    now = time.perf_counter_ns
+    if contender.series is None:
+        if not long_call:
+            contender.call()
+        foreign.restart()
+        taken = times(contender.call, seconds)
+    else:
+        foreign.restart()
+        taken = contender.series(seconds, not long_call)
+    return Turn(tuple(1e6 * t / contender.products for t in taken), foreign.share())
+
+
+def times(call: Callable[[], object], seconds: float) -> list[float]:
+    """Seconds of each of the calls that fit into `seconds`, at least one."""
+    taken, now = [], time.perf_counter_ns
     end = now() + int(seconds * 1e9)
     while True:
         start = now()
         call()
         stop = now()
-        samples.append((stop - start) / 1e3 / contender.products)
+        taken.append((stop - start) / 1e9)
         if stop >= end:
-            return Turn(tuple(samples), foreign.share())
+            return taken
 
 
 def take_turns(
@@ -99,10 +113,11 @@ def quiet(turns: Sequence[Turn]) -> tuple[list[float], float]:
 
 
 class ForeignCpu:
-    """CPU time that other processes use, as a share of one core."""
+    """CPU time that other processes use, as a share of one core; what `OWN` names is not foreign."""
+
+    OWN: ClassVar[set[int]] = {os.getpid()}  # process ids
 
     def __init__(self) -> None:
-        self._process = psutil.Process()
         self.restart()
 
     def restart(self) -> None:
@@ -125,8 +140,11 @@ class ForeignCpu:
         return time.perf_counter() - start
 
     def _own_time(self) -> float:
-        times = self._process.cpu_times()
-        return times.user + times.system
+        total = 0.0
+        for pid in self.OWN:
+            spent = psutil.Process(pid).cpu_times()
+            total += spent.user + spent.system
+        return total
 
 
 def _busy() -> float:
