@@ -2,12 +2,17 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <unordered_map>
+#include <utility>
+#include <vector>
 
 #include "torch/check.h"
 
@@ -62,15 +67,100 @@ ParallelFor torch_pool() {
   return {run, nullptr, int(torch::stable::get_num_threads())};
 }
 
-void* large_pages(void* data, size_t bytes) {
+namespace {
+
+// A hint to the system, which may ignore it.
+void ask_for_large_pages(void* data, size_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = uintptr_t(2) << 20;
-  const uintptr_t begin = (uintptr_t(data) + kPage - 1) / kPage * kPage, end = (uintptr_t(data) + bytes) / kPage * kPage;
-  if (bytes >= 2 * kPage && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
+  madvise(data, bytes, MADV_HUGEPAGE);
 #else
+  (void)data;
   (void)bytes;
 #endif
-  return data;
+}
+
+// Buffers of results, whole large pages each. A buffer serves a request that fills at least half of it.
+class ResultPool {
+ public:
+  static constexpr size_t kPage = size_t(2) << 20;
+
+  static ResultPool& instance() {
+    static ResultPool& pool = *new ResultPool;  // never destroyed: tensors may outlive main
+    return pool;
+  }
+  void* take(size_t bytes) {
+    const size_t size = (bytes + kPage - 1) / kPage * kPage;
+    {
+      const std::lock_guard<std::mutex> hold(mutex_);
+      for (auto it = free_.begin(); it != free_.end(); ++it)
+        if (it->second >= size && it->second / 2 <= size) {
+          void* data = it->first;
+          used_[data] = it->second;
+          kept_ -= it->second;
+          free_.erase(it);
+          return data;
+        }
+    }
+    void* data = std::aligned_alloc(kPage, size);
+    if (!data) throw std::bad_alloc();
+    ask_for_large_pages(data, size);
+    const std::lock_guard<std::mutex> hold(mutex_);
+    used_[data] = size;
+    return data;
+  }
+  void give(void* data) {
+    std::vector<void*> drop;
+    {
+      const std::lock_guard<std::mutex> hold(mutex_);
+      const auto it = used_.find(data);
+      const size_t size = it->second;
+      used_.erase(it);
+      if (size > limit_) {
+        drop.push_back(data);
+      } else {
+        free_.emplace_back(data, size);
+        kept_ += size;
+        while (kept_ > limit_) {  // the oldest go first
+          drop.push_back(free_.front().first);
+          kept_ -= free_.front().second;
+          free_.erase(free_.begin());
+        }
+      }
+    }
+    for (void* p : drop) std::free(p);
+  }
+
+ private:
+  ResultPool() {
+#if defined(__linux__)
+    const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGE_SIZE);
+    if (pages > 0 && page > 0) limit_ = size_t(pages) * size_t(page) / 64;
+#endif
+  }
+  std::mutex mutex_;
+  std::unordered_map<void*, size_t> used_;
+  std::vector<std::pair<void*, size_t>> free_;
+  size_t kept_ = 0, limit_ = size_t(64) << 20;
+};
+
+}  // namespace
+
+Tensor large_result(std::initializer_list<int64_t> sizes, int32_t dtype) {
+  int64_t count = 1;
+  for (int64_t n : sizes) count *= n;
+  const size_t bytes = size_t(count) * (dtype == dtypes().f32 ? 4 : 2);
+  if (bytes < 2 * ResultPool::kPage) return empty(sizes, dtype);
+  int64_t strides[8], step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= sizes.begin()[i];
+  }
+  void* data = ResultPool::instance().take(bytes);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(data, int64_t(sizes.size()), sizes.begin(), strides, 0, dtype, dtypes().cpu, -1, &handle,
+                                         aoti_torch_layout_strided(), nullptr, 0,
+                                         [](void* p, void*) { ResultPool::instance().give(p); }, nullptr));
+  return Tensor(handle);
 }
 
 void* scratch(size_t bytes) {
@@ -81,10 +171,10 @@ void* scratch(size_t bytes) {
   if (size < bytes || (size > kKeep && bytes <= kKeep)) {
     buffer.reset();
     size = 0;
-    const size_t rounded = (bytes + kAlign - 1) / kAlign * kAlign;
-    buffer.reset(std::aligned_alloc(kAlign, rounded ? rounded : kAlign));
+    const size_t unit = bytes > kKeep ? ResultPool::kPage : kAlign, rounded = (bytes + unit - 1) / unit * unit;
+    buffer.reset(std::aligned_alloc(rounded > kKeep ? ResultPool::kPage : kAlign, rounded ? rounded : kAlign));
     if (!buffer) throw std::bad_alloc();
-    large_pages(buffer.get(), rounded);
+    if (rounded > kKeep) ask_for_large_pages(buffer.get(), rounded);
     size = rounded;
   }
   return buffer.get();

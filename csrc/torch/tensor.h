@@ -81,9 +81,10 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const H
 // torch's own thread pool, as the callback that drivers take. A second pool beside it would fight it for the cores.
 ParallelFor torch_pool();
 
-// Asks for large pages behind a new, large buffer: its first touch then costs a fault per 2 MiB instead of one per 4 KiB (1.4 us
-// each, more than the arithmetic of a fused kernel). Returns its argument; without effect on small buffers and other systems.
-void* large_pages(void* data, size_t bytes);
+// A new, uninitialised, contiguous CPU tensor for the large result of a fused kernel. From 4 MiB on its memory comes from a
+// small pool of buffers in large pages that earlier results gave back: the first touch of fresh memory costs a fault per
+// 4 KiB (0.7 to 1.4 us each), as much as the arithmetic. The pool keeps at most 1/64 of the machine's memory.
+Tensor large_result(std::initializer_list<int64_t> sizes, int32_t dtype);
 
 // 64-byte aligned scratch of at least `bytes`, valid until this thread's next call. Grows and is kept, so that a call in
 // a decoding loop allocates nothing; what is larger than a decoding step needs is given back by the next small call.

@@ -27,29 +27,32 @@ EFFK_INLINE int64_t place(const Plan& p, int64_t c) {
 template <int R> void first_level(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1) {
   const Level& l = p.level[0];
   const int64_t row = l.size / R;
-  const bool complex_in = s.origin + p.points < s.length;
-  const bool direct = plain(s, complex_in ? 2 * p.points : p.points);
-  const auto columns = [&](const float* re, const float* im, int64_t in_row, int64_t c, int64_t count) {
+  const bool complex = s.origin + p.points < s.length;
+  const auto columns = [&](In in, const float* re, const float* im, int64_t in_row, int64_t c, int64_t count) {
     float* x = work + place(p, c) * 2;
+    const int64_t v0 = c / 16, vecs = count / 16;
     if (l.table) {
-      if (complex_in) first_columns<R, false, true>(l, p.weight, re, im, in_row, x, c / 16, count / 16);
-      else first_columns<R, false, false>(l, p.weight, re, im, in_row, x, c / 16, count / 16);
+      if (in == In::complex) first_columns<R, false, In::complex>(l, p.weight, re, im, in_row, x, v0, vecs);
+      else if (in == In::gated) first_columns<R, false, In::gated>(l, p.weight, re, im, in_row, x, v0, vecs);
+      else first_columns<R, false, In::real>(l, p.weight, re, im, in_row, x, v0, vecs);
     } else {
-      if (complex_in) first_columns<R, true, true>(l, p.weight, re, im, in_row, x, c / 16, count / 16);
-      else first_columns<R, true, false>(l, p.weight, re, im, in_row, x, c / 16, count / 16);
+      if (in == In::complex) first_columns<R, true, In::complex>(l, p.weight, re, im, in_row, x, v0, vecs);
+      else if (in == In::gated) first_columns<R, true, In::gated>(l, p.weight, re, im, in_row, x, v0, vecs);
+      else first_columns<R, true, In::real>(l, p.weight, re, im, in_row, x, v0, vecs);
     }
   };
-  if (direct) {
+  if (plain(s, complex ? 2 * p.points : p.points) && !(complex && s.b)) {
     const float* re = static_cast<const float*>(s.a) + s.origin + c0;
-    return columns(re, re + p.points, row, c0, c1 - c0);
+    if (complex) return columns(In::complex, re, re + p.points, row, c0, c1 - c0);
+    return columns(s.b ? In::gated : In::real, re, s.b ? static_cast<const float*>(s.b) + s.origin + c0 : nullptr, row, c0, c1 - c0);
   }
   alignas(64) float re[R * kStrip], im[R * kStrip];
   for (int64_t c = c0; c < c1; c += kStrip) {
     const int64_t count = c1 - c < kStrip ? c1 - c : kStrip;
     for (int a = 0; a < R; ++a) gather_source(s, s.origin + a * row + c, count, re + a * kStrip);
-    if (complex_in)
+    if (complex)
       for (int a = 0; a < R; ++a) gather_source(s, s.origin + p.points + a * row + c, count, im + a * kStrip);
-    columns(re, im, kStrip, c, count);
+    columns(complex ? In::complex : In::real, re, im, kStrip, c, count);
   }
 }
 
@@ -58,28 +61,33 @@ template <int R> void last_level(const Plan& p, const float* work, const Sink& s
   const int64_t row = l.size / R;
   const bool re_wanted = s.shift < s.end && s.shift + p.points > s.begin;
   const bool im_wanted = s.shift + p.points < s.end && s.shift + 2 * p.points > s.begin;
-  const auto columns = [&](float* re, float* im, int64_t out_row, int64_t c, int64_t count) {
+  const auto columns = [&](Out out, float* re, float* im, int64_t out_row, int64_t c, int64_t count) {
     const float* x = work + place(p, c) * 2;
     const int64_t v0 = c / 16, vecs = count / 16;
     if (l.table) {
-      if (re && im) last_columns<R, false, true, true>(l, p.weight, x, re, im, out_row, v0, vecs);
-      else if (re) last_columns<R, false, true, false>(l, p.weight, x, re, im, out_row, v0, vecs);
-      else last_columns<R, false, false, true>(l, p.weight, x, re, im, out_row, v0, vecs);
+      if (out == Out::re) last_columns<R, false, Out::re>(l, p.weight, x, re, im, out_row, v0, vecs);
+      else if (out == Out::gated) last_columns<R, false, Out::gated>(l, p.weight, x, re, im, out_row, v0, vecs);
+      else if (out == Out::im) last_columns<R, false, Out::im>(l, p.weight, x, re, im, out_row, v0, vecs);
+      else last_columns<R, false, Out::both>(l, p.weight, x, re, im, out_row, v0, vecs);
     } else {
-      if (re && im) last_columns<R, true, true, true>(l, p.weight, x, re, im, out_row, v0, vecs);
-      else if (re) last_columns<R, true, true, false>(l, p.weight, x, re, im, out_row, v0, vecs);
-      else last_columns<R, true, false, true>(l, p.weight, x, re, im, out_row, v0, vecs);
+      if (out == Out::re) last_columns<R, true, Out::re>(l, p.weight, x, re, im, out_row, v0, vecs);
+      else if (out == Out::gated) last_columns<R, true, Out::gated>(l, p.weight, x, re, im, out_row, v0, vecs);
+      else if (out == Out::im) last_columns<R, true, Out::im>(l, p.weight, x, re, im, out_row, v0, vecs);
+      else last_columns<R, true, Out::both>(l, p.weight, x, re, im, out_row, v0, vecs);
     }
   };
   if (!re_wanted && !im_wanted) return;
-  if (plain(s, re_wanted ? 0 : p.points, p.points * (re_wanted && im_wanted ? 2 : 1))) {
+  const Out out = re_wanted ? im_wanted ? Out::both : Out::re : Out::im;
+  if (plain(s, out == Out::im ? p.points : 0, p.points * (out == Out::both ? 2 : 1)) && !(out != Out::re && s.gate)) {
     float* y = static_cast<float*>(s.y) + s.shift + c0;
-    return columns(re_wanted ? y : nullptr, im_wanted ? y + p.points : nullptr, row, c0, c1 - c0);
+    if (s.gate)  // read only
+      return columns(Out::gated, y, const_cast<float*>(static_cast<const float*>(s.gate)) + s.shift + c0, row, c0, c1 - c0);
+    return columns(out, y, y + p.points, row, c0, c1 - c0);
   }
   alignas(64) float re[R * kStrip], im[R * kStrip];
   for (int64_t c = c0; c < c1; c += kStrip) {
     const int64_t count = c1 - c < kStrip ? c1 - c : kStrip;
-    columns(re_wanted ? re : nullptr, im_wanted ? im : nullptr, kStrip, c, count);
+    columns(out, re, im, kStrip, c, count);
     if (re_wanted)
       for (int a = 0; a < R; ++a) scatter_sink(s, a * row + c, count, re + a * kStrip);
     if (im_wanted)

@@ -68,12 +68,12 @@ void scatter_sink(const Sink& s, int64_t n, int64_t count, const float* src) {
   }
 }
 
-// Strips that need no copy: fp32 as it lies in memory.
+// Strips that need no copy: fp32 as it lies in memory, perhaps with a gate.
 EFFK_INLINE bool plain(const Source& s, int64_t points) {
-  return s.dtype == DType::f32 && !s.b && s.origin >= 0 && s.origin + points <= s.length;
+  return s.dtype == DType::f32 && s.origin >= 0 && s.origin + points <= s.length;
 }
 EFFK_INLINE bool plain(const Sink& s, int64_t n, int64_t points) {
-  return s.dtype == DType::f32 && !s.gate && !s.y2 && !s.a && !s.add && n + s.shift >= s.begin && n + s.shift + points <= s.end;
+  return s.dtype == DType::f32 && !s.y2 && !s.a && !s.add && n + s.shift >= s.begin && n + s.shift + points <= s.end;
 }
 
 }  // namespace

@@ -73,9 +73,10 @@ template <bool Inv> void pass(const Level& l, float* x, int64_t blocks) {
   else pass_radix<4, Inv>(l, x, blocks);
 }
 
-// First pass: real (or complex) rows of the source, weighted, transformed, times twiddles, to the work buffer. `re` and `im`
-// point at column 16 v0 of row 0.
-template <int R, bool TwoFactor, bool ComplexIn>
+// First pass: rows of the source (real, times a gate in `im`, or complex), weighted, transformed, times twiddles, to the work
+// buffer. `re` and `im` point at column 16 v0 of row 0.
+enum class In { real, gated, complex };
+template <int R, bool TwoFactor, In I>
 void first_columns(const Level& l, const float* weight, const float* re, const float* im, int64_t in_row, float* x, int64_t v0,
                    int64_t vecs) {
   const int64_t row = l.row * 2;
@@ -83,11 +84,16 @@ void first_columns(const Level& l, const float* weight, const float* re, const f
     for (int h = 0; h < 16; h += kLanes) {
       Complex z[R];
       for (int a = 0; a < R; ++a) {
-        if (h == 0) prefetch(re + a * in_row + v * 16 + kAhead);
+        const int64_t at = a * in_row + v * 16 + h;
+        if (h == 0) {
+          prefetch(re + at + kAhead);
+          if constexpr (I == In::gated) prefetch(im + at + kAhead);
+        }
         const vr c = set_r(weight[2 * a]), s = set_r(weight[2 * a + 1]);
-        const vr u = load_r(re + a * in_row + v * 16 + h);
-        if constexpr (ComplexIn) {
-          const vr b = load_r(im + a * in_row + v * 16 + h);  // (u - i b)(c + i s)
+        vr u = load_r(re + at);
+        if constexpr (I == In::gated) u = mul_f(u, load_r(im + at));
+        if constexpr (I == In::complex) {
+          const vr b = load_r(im + at);  // (u - i b)(c + i s)
           z[a] = {fma(b, s, mul_f(u, c)), fnma(b, c, mul_f(u, s))};
         }
         else z[a] = {mul_f(u, c), mul_f(u, s)};
@@ -101,8 +107,10 @@ void first_columns(const Level& l, const float* weight, const float* re, const f
     }
 }
 
-// Last pass, its mirror: `re` receives the results [0, M), `im` (minus the imaginary part) the results [M, 2 M); either may be null.
-template <int R, bool TwoFactor, bool Re, bool Im>
+// Last pass, its mirror: `re` receives the results [0, M), times a gate in `im` or not; or `im` receives (minus the imaginary
+// part) the results [M, 2 M); or both.
+enum class Out { re, gated, im, both };
+template <int R, bool TwoFactor, Out O>
 void last_columns(const Level& l, const float* weight, const float* x, float* re, float* im, int64_t out_row, int64_t v0,
                   int64_t vecs) {
   const int64_t row = l.row * 2;
@@ -111,7 +119,11 @@ void last_columns(const Level& l, const float* weight, const float* x, float* re
       Complex z[R];
       const float* p = x + v * kVec + h;
       for (int a = 0; a < R; ++a) {
-        if (h == 0) prefetch_write((Re ? re : im) + a * out_row + v * 16 + kAhead);
+        const int64_t at = a * out_row + v * 16 + h;
+        if (h == 0) {
+          prefetch_write((O == Out::im ? im : re) + at + kAhead);
+          if constexpr (O == Out::gated) prefetch(im + at + kAhead);
+        }
         const Complex t = twiddle<TwoFactor>(l, R, v0 + v, a, h);
         z[a] = mul_conj(load_c(p + a * row), t.re, t.im);
       }
@@ -119,8 +131,12 @@ void last_columns(const Level& l, const float* weight, const float* x, float* re
       for (int a = 0; a < R; ++a) {
         const vr c = set_r(weight[2 * a]), s = set_r(weight[2 * a + 1]);
         const int64_t at = a * out_row + v * 16 + h;
-        if constexpr (Re) store_r(re + at, fma(z[a].im, s, mul_f(z[a].re, c)));
-        if constexpr (Im) store_r(im + at, fms(z[a].re, s, mul_f(z[a].im, c)));
+        if constexpr (O != Out::im) {
+          vr y = fma(z[a].im, s, mul_f(z[a].re, c));
+          if constexpr (O == Out::gated) y = mul_f(y, load_r(im + at));
+          store_r(re + at, y);
+        }
+        if constexpr (O == Out::im || O == Out::both) store_r(im + at, fms(z[a].re, s, mul_f(z[a].im, c)));
       }
     }
 }

@@ -68,8 +68,8 @@ Tensor convolve(const Tensor& u, const Tensor& spec, const OptionalTensor& prega
   constexpr const char* op = "fftconv";
   const Rows r = make_rows(op, u, pregate, postgate, skip, kCpu);
   FftConvArgs args = make_args(op, r, spec, n_fft, mode, scheme);
-  Tensor y = empty({r.b, r.h, r.l}, r.u.dtype);
-  args.y = large_pages(y.mutable_data_ptr(), size_t(r.u.numel()) * (r.dtype == DType::f32 ? 4 : 2));
+  Tensor y = large_result({r.b, r.h, r.l}, r.u.dtype);
+  args.y = y.mutable_data_ptr();
   const ParallelFor pool = torch_pool();
   fftconv(args, scratch(fftconv_workspace(args, pool.threads)), pool);
   return y;
@@ -92,14 +92,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy, co
   const int64_t taps = spectrum::read_header(args.forward.spec).taps;
   EFFK_CHECK(!mask[1] || k_len == taps, op, ": k_len: expected ", taps, " as spec was prepared from, got ", k_len);
   args.k_len = k_len;
-  const size_t bytes = size_t(r.u.numel()) * (r.dtype == DType::f32 ? 4 : 2);
   const auto like = [&](bool wanted, void*& data) {
-    Tensor t = wanted ? empty({r.b, r.h, r.l}, r.u.dtype) : empty({0}, r.u.dtype);
-    if (wanted) data = large_pages(t.mutable_data_ptr(), bytes);
+    Tensor t = wanted ? large_result({r.b, r.h, r.l}, r.u.dtype) : empty({0}, r.u.dtype);
+    if (wanted) data = t.mutable_data_ptr();
     return t;
   };
   Tensor gu = like(mask[0], args.gu), gpre = like(mask[2], args.gpre), gpost = like(mask[3], args.gpost);
-  Tensor gk = mask[1] ? empty({r.h, k_len}, dtypes().f32) : empty({0}, dtypes().f32);
+  Tensor gk = mask[1] ? large_result({r.h, k_len}, dtypes().f32) : empty({0}, dtypes().f32);
   Tensor gskip = mask[4] ? empty({r.h}, dtypes().f32) : empty({0}, dtypes().f32);
   if (mask[1]) args.gk = static_cast<float*>(gk.mutable_data_ptr());
   if (mask[4]) args.gskip = static_cast<float*>(gskip.mutable_data_ptr());
