@@ -59,12 +59,14 @@ bench: build .venv/competitors
 
 fuzz: build
 	build/cmake-*/tests/cpp/fuzz_wq_linear 1000000
+	build/cmake-*/tests/cpp/fuzz_fftconv 1000000
 
 sanitize: .venv/installed
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DEFFK_PYTHON=OFF \
 	  -DEFFK_CPP_TESTS=ON -DEFFK_SANITIZE=address,undefined -DCMAKE_BUILD_TYPE=Sanitize -DCMAKE_CXX_FLAGS_SANITIZE=-O1
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/tests/cpp/fuzz_wq_linear 100000
+	build/sanitize/tests/cpp/fuzz_fftconv 20000
 
 lint: .venv/installed
 	@$(PIP) ruff==0.17.5

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 
 BUILD = Path(__file__).parents[1] / "build" / f"cmake-{sys.implementation.cache_tag}"
-PROGRAM = BUILD / "tests" / "cpp" / "fuzz_wq_linear"
-
-CALLS = 20_000
 
 
-def test_random_calls() -> None:
-    if not PROGRAM.is_file():
+@pytest.mark.parametrize(("program", "calls"), [("fuzz_wq_linear", 20_000), ("fuzz_fftconv", 5_000)])
+def test_random_calls(program: str, calls: int) -> None:
+    path = BUILD / "tests" / "cpp" / program
+    if not path.is_file():
         pytest.skip("no build folder with the C++ tests: effk was not installed editable")
-    done = subprocess.run([PROGRAM, str(CALLS)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([path, str(calls)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert f"{CALLS} calls" in done.stdout and "no finding" in done.stdout
+    assert f"{calls} calls" in done.stdout and "no finding" in done.stdout

@@ -3,64 +3,17 @@
 // Each call is a function of its seed: a failure prints it, and `fuzz_wq_linear 1 <seed>` repeats it.
 #include <algorithm>
 #include <cmath>
-#include <csignal>
-#include <random>
 #include <vector>
 
-#include "common/half.h"
-#include "guarded.h"
-#include "isa/isa.h"
+#include "fuzz.h"
 #include "ops/wq_linear/wq_linear.h"
 
 namespace {
 
 using namespace effk;
-using test::Guarded;
-
-volatile uint64_t current_seed;
+using namespace effk::test;
 
 constexpr int64_t kLong = 2000;  // a few problems are so long that a row has more outliers than a kernel takes at once
-
-struct Random {
-  std::mt19937_64 engine;
-  int64_t below(int64_t n) { return int64_t(engine() % uint64_t(n)); }
-  bool chance(int percent) { return below(100) < percent; }
-  float normal() { return std::normal_distribution<float>()(engine); }
-};
-
-size_t width(DType t) { return t == DType::f32 ? 4 : 2; }
-
-void store(uint8_t* p, DType t, int64_t i, float v) {
-  if (t == DType::f32) return void(std::memcpy(p + 4 * i, &v, 4));
-  const uint16_t h = t == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
-  std::memcpy(p + 2 * i, &h, 2);
-}
-
-float load(const uint8_t* p, DType t, int64_t i) {
-  if (t == DType::f32) {
-    float v;
-    std::memcpy(&v, p + 4 * i, 4);
-    return v;
-  }
-  uint16_t h;
-  std::memcpy(&h, p + 2 * i, 2);
-  return t == DType::bf16 ? bf16_to_float(h) : f16_to_float(h);
-}
-
-[[noreturn]] void fail(const char* what) {
-  std::fprintf(stderr, "seed %llu: %s\n", static_cast<unsigned long long>(current_seed), what);
-  std::_Exit(1);
-}
-
-// The callback of a pool that gives out ranges of random lengths, last first.
-void scattered(void* pool, int64_t n, int64_t, RangeBody body, void* ctx) {
-  Random& random = *static_cast<Random*>(pool);
-  for (int64_t end = n; end > 0;) {
-    const int64_t begin = end - 1 - random.below(end);
-    body(ctx, begin, end);
-    end = begin;
-  }
-}
 
 // The memory of one weight, and the weight as plain numbers.
 struct Weight {
@@ -285,23 +238,11 @@ void one_call(uint64_t seed, Guarded& x_memory, Guarded& workspace, Weight* weig
   }
 }
 
-void on_signal(int signal) {
-  char text[96];
-  const int length = std::snprintf(text, sizeof text, "seed %llu: signal %d\n", static_cast<unsigned long long>(current_seed), signal);
-  if (write(STDERR_FILENO, text, size_t(length)) < 0) std::_Exit(3);
-  std::_Exit(1);
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  const uint64_t calls = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 10000;
-  const uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
-  for (const int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) std::signal(signal, on_signal);
   constexpr int kMostWeights = 3;
   Guarded x(size_t(1) << 20), workspace(size_t(8) << 20);
   static Weight weights[kMostWeights];
-  for (uint64_t i = 0; i < calls; ++i) one_call(first + i, x, workspace, weights, kMostWeights);
-  std::printf("%llu calls from seed %llu on, tiers up to %s: no finding\n", static_cast<unsigned long long>(calls),
-              static_cast<unsigned long long>(first), isa::name(isa::detected()));
+  return test::run_calls(argc, argv, [&](uint64_t seed) { one_call(seed, x, workspace, weights, kMostWeights); });
 }
