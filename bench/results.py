@@ -169,11 +169,11 @@ def field(rows: Sequence[Row]) -> Iterator[str]:
 def convolutions(rows: Sequence[Row]) -> Iterator[str]:
     """One line per kind and shape: ours on its best tier, on the other one, and every competitor's median."""
     found = [r for r in rows if r.op == "fftconv" and r.kind in KINDS and r.us]
-    tiers = list(dict.fromkeys(r.isa for r in found if r.ours))
-    versions = {competitor(r): r.version for r in found if not r.ours}
+    tiers = list(dict.fromkeys(r.isa for r in found if r.ours and r.case == r.kind))
+    versions = {competitor(r): r.version for r in found if not r.ours or r.case != r.kind}
     groups: dict[tuple[str, str], dict[str, Row]] = {}
     for r in found:
-        groups.setdefault((r.kind, shape_name(r)), {})[r.isa if r.ours else competitor(r)] = r
+        groups.setdefault((r.kind, shape_name(r)), {})[r.isa if r.ours and r.case == r.kind else competitor(r)] = r
     header = ["kind", "B x H x L", f"{tiers[0]} us", "ns per element", "GFLOP/s", "% roof", "x best"]
     header += [f"{tier} us" for tier in tiers[1:]] + [f"{name} {version} us" for name, version in versions.items()]
     lines = []
@@ -188,7 +188,7 @@ def convolutions(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def competitor(row: Row) -> str:
-    """A competitor with its settings."""
+    """A competitor, or ours in unusual conditions, with the settings."""
     return ", ".join(filter(None, (row.backend, row.case.partition(", ")[2])))
 
 
