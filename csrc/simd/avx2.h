@@ -40,6 +40,8 @@ template <int S> EFFK_INLINE vi shift_right(vi v) {
 template <int S> EFFK_INLINE vi shift_left(vi v) {
   if constexpr (S == 0) return v; else return {_mm256_slli_epi32(v.a, S), _mm256_slli_epi32(v.b, S)};
 }
+// W bits from bit S on of every byte.
+template <int S, int W> EFFK_INLINE vi bits_of_bytes(vi v) { return bits_and(shift_right<S>(v), set_i(((1 << W) - 1) * 0x01010101)); }
 EFFK_INLINE vi shuffle_bytes(vi t, vi i) { return {_mm256_shuffle_epi8(t.a, i.a), _mm256_shuffle_epi8(t.b, i.b)}; }
 EFFK_INLINE vi load_table(const void* p16) {
   return both(_mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p16))));
@@ -67,6 +69,16 @@ EFFK_INLINE float reduce_add_f(vf v) {
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   b = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+// Lane r is reduce_add_f(row(r)), for all 16 rows.
+template <int I> struct RowIndex { constexpr operator int() const { return I; } };
+template <int I = 0, class F> EFFK_INLINE void reduce_rows_from(const F& row, float* out) {
+  if constexpr (I < 16) { out[I] = reduce_add_f(row(RowIndex<I>())); reduce_rows_from<I + 1>(row, out); }
+}
+template <class F> EFFK_INLINE vf reduce_rows(const F& row) {
+  alignas(32) float out[16];
+  reduce_rows_from(row, out);
+  return {_mm256_load_ps(out), _mm256_load_ps(out + 8)};
 }
 EFFK_INLINE int32_t reduce_add_i(vi v) {
   const __m256i m = _mm256_add_epi32(v.a, v.b);
@@ -118,12 +130,12 @@ EFFK_INLINE vf load_f16(const void* p) {
 }
 EFFK_INLINE vf load_f16_part(const void* p, int count) {
   uint16_t part[16] = {};
-  std::memcpy(part, p, size_t(count < 16 ? count : 16) * 2);
+  std::memcpy(part, p, size_t(count < 0 ? 0 : count < 16 ? count : 16) * 2);
   return load_f16(part);
 }
 EFFK_INLINE vf load_f32_part(const void* p, int count) {
   float part[16] = {};
-  std::memcpy(part, p, size_t(count < 16 ? count : 16) * 4);
+  std::memcpy(part, p, size_t(count < 0 ? 0 : count < 16 ? count : 16) * 4);
   return load_f32(part);
 }
 EFFK_INLINE vf load_bf16(const void* p) {

@@ -29,6 +29,17 @@ EFFK_INLINE vi bits_or(vi a, vi b) { return _mm512_or_si512(a, b); }
 EFFK_INLINE vi and_or(vi a, vi mask, vi b) { return _mm512_ternarylogic_epi32(a, mask, b, 0xEA); }
 template <int S> EFFK_INLINE vi shift_right(vi v) { if constexpr (S == 0) return v; else return _mm512_srli_epi32(v, S); }
 template <int S> EFFK_INLINE vi shift_left(vi v) { if constexpr (S == 0) return v; else return _mm512_slli_epi32(v, S); }
+// W bits from bit S on of every byte: a bit matrix does in one instruction what else are a shift and a mask.
+template <int S, int W> EFFK_INLINE vi bits_of_bytes(vi v) {
+#ifdef __GFNI__
+  if constexpr (S > 0 && S + W <= 8) {
+    constexpr uint64_t row = uint64_t(1) << S;  // of the lowest bit; matrices are stored with that in the highest byte
+    constexpr uint64_t matrix = row << 56 | (W > 1 ? row << 1 << 48 : 0) | (W > 2 ? row << 2 << 40 : 0) | (W > 3 ? row << 3 << 32 : 0);
+    return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(int64_t(matrix)), 0);
+  }
+#endif
+  return bits_and(shift_right<S>(v), set_i(((1 << W) - 1) * 0x01010101));
+}
 EFFK_INLINE vi shuffle_bytes(vi table, vi index) { return _mm512_shuffle_epi8(table, index); }
 EFFK_INLINE vi load_table(const void* p16) { return _mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p16))); }
 
@@ -50,6 +61,26 @@ EFFK_INLINE float reduce_add_f(vf v) {
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   b = _mm_add_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_add_ss(b, _mm_movehdup_ps(b)));
+}
+// Lane r is reduce_add_f(row(r)), for all 16 rows at a third of the instructions.
+template <int I> struct RowIndex { constexpr operator int() const { return I; } };
+template <class F> EFFK_INLINE vf reduce_rows(const F& row) {
+  const auto halves = [](vf a, vf b) { return add_f(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xEE)); };
+  const auto quarters = [&](vf a, vf b, vf c, vf d) {
+    const vf ab = halves(a, b), cd = halves(c, d);
+    return add_f(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xDD));
+  };
+  const auto pairs = [](vf a, vf b) {
+    const __m512d x = _mm512_castps_pd(a), y = _mm512_castps_pd(b);
+    return add_f(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
+  };
+  const vf a = quarters(row(RowIndex<0>()), row(RowIndex<4>()), row(RowIndex<8>()), row(RowIndex<12>()));
+  const vf b = quarters(row(RowIndex<1>()), row(RowIndex<5>()), row(RowIndex<9>()), row(RowIndex<13>()));
+  const vf ab = pairs(a, b);
+  const vf c = quarters(row(RowIndex<2>()), row(RowIndex<6>()), row(RowIndex<10>()), row(RowIndex<14>()));
+  const vf d = quarters(row(RowIndex<3>()), row(RowIndex<7>()), row(RowIndex<11>()), row(RowIndex<15>()));
+  const vf cd = pairs(c, d);
+  return add_f(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xDD));
 }
 EFFK_INLINE int32_t reduce_add_i(vi v) { return _mm512_reduce_add_epi32(v); }
 
@@ -93,13 +124,10 @@ EFFK_INLINE vi lane_index() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8
 EFFK_INLINE vf load_f32(const void* p) { return _mm512_loadu_ps(p); }
 EFFK_INLINE void store_f32(void* p, vf v) { _mm512_storeu_ps(p, v); }
 EFFK_INLINE vf load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
-// The first min(count, 16) values, zero beyond; reads nothing beyond.
-EFFK_INLINE vf load_f16_part(const void* p, int count) {
-  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff), p));
-}
-EFFK_INLINE vf load_f32_part(const void* p, int count) {
-  return _mm512_maskz_loadu_ps(count < 16 ? __mmask16((1u << count) - 1) : __mmask16(0xffff), p);
-}
+// The first min(count, 16) values, none below a count of 1, zero beyond; reads nothing beyond.
+EFFK_INLINE __mmask16 first_lanes(int count) { return __mmask16(_bzhi_u32(0xffff, count < 0 ? 0u : count > 16 ? 16u : unsigned(count))); }
+EFFK_INLINE vf load_f16_part(const void* p, int count) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p)); }
+EFFK_INLINE vf load_f32_part(const void* p, int count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
 EFFK_INLINE vf load_bf16(const void* p) {
   return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))), 16));
 }

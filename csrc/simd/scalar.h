@@ -33,6 +33,8 @@ EFFK_INLINE vi and_or(vi a, vi m, vi b) { return make_i([&](int l) { return (a.v
 template <int S> EFFK_INLINE vi shift_right(vi a) { return make_i([&](int l) { return uint32_t(a.v[l]) >> S; }); }
 template <int S> EFFK_INLINE vi shift_left(vi a) { return make_i([&](int l) { return uint32_t(a.v[l]) << S; }); }
 EFFK_INLINE vi load_table(const void* p16) { vi r; for (int i = 0; i < 4; ++i) std::memcpy(r.v + 4 * i, p16, 16); return r; }
+// W bits from bit S on of every byte.
+template <int S, int W> EFFK_INLINE vi bits_of_bytes(vi v) { return bits_and(shift_right<S>(v), set_i(((1 << W) - 1) * 0x01010101)); }
 EFFK_INLINE vi shuffle_bytes(vi t, vi index) {
   uint8_t table[64], i[64], r[64];
   std::memcpy(table, t.v, 64);
@@ -59,6 +61,7 @@ EFFK_INLINE float reduce_add_f(vf a) {
   for (int half = 8; half; half /= 2) for (int l = 0; l < half; ++l) a.v[l] += a.v[l + half];
   return a.v[0];
 }
+template <class F> EFFK_INLINE vf reduce_rows(const F& row) { return make_f([&](int l) { return reduce_add_f(row(l)); }); }  // lane r: of row(r)
 EFFK_INLINE int32_t reduce_add_i(vi a) { int32_t s = 0; for (int l = 0; l < 16; ++l) s += a.v[l]; return s; }
 
 EFFK_INLINE int32_t dot_lane(uint32_t u, uint32_t s) {
@@ -85,12 +88,12 @@ EFFK_INLINE void store_f32(void* p, vf a) { std::memcpy(p, a.v, 64); }
 EFFK_INLINE vf load_f16(const void* p) { return make_f([=](int l) { return f16_to_float(half_at(p, l)); }); }
 EFFK_INLINE vf load_f16_part(const void* p, int count) {
   uint16_t part[16] = {};
-  std::memcpy(part, p, size_t(count < 16 ? count : 16) * 2);
+  std::memcpy(part, p, size_t(count < 0 ? 0 : count < 16 ? count : 16) * 2);
   return load_f16(part);
 }
 EFFK_INLINE vf load_f32_part(const void* p, int count) {
   float part[16] = {};
-  std::memcpy(part, p, size_t(count < 16 ? count : 16) * 4);
+  std::memcpy(part, p, size_t(count < 0 ? 0 : count < 16 ? count : 16) * 4);
   return load_f32(part);
 }
 EFFK_INLINE vf load_bf16(const void* p) { return make_f([=](int l) { return bf16_to_float(half_at(p, l)); }); }

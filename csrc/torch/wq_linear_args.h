@@ -63,12 +63,21 @@ bool present(const OptionalTensor& t, const Use& use) {
 }
 
 // Outlier indices address x and the output, so their contents are checked at every call: a scan that vectorises, over
-// data that the kernel reads next.
+// data that the kernel reads next. Prefetched, so that it brings a cold list into the caches as fast as memory gives it: a
+// plain scan of 0.5 % outliers took 10 us of a 4096 x 4096 product.
 template <class Index>
 bool all_below(const Index* index, int64_t count, int64_t limit) {
   using Unsigned = std::make_unsigned_t<Index>;  // a negative index becomes a large one
+  constexpr int64_t kBlock = 256 / sizeof(Index), kAhead = 4096 / sizeof(Index);
   Unsigned largest = 0;
-  for (int64_t i = 0; i < count; ++i) largest = std::max(largest, Unsigned(index[i]));
+  int64_t i = 0;
+  for (; i + kBlock <= count; i += kBlock) {
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(index + i + kAhead + line * (kBlock / 4));
+    Unsigned block = 0;
+    for (int64_t j = 0; j < kBlock; ++j) block = std::max(block, Unsigned(index[i + j]));
+    largest = std::max(largest, block);
+  }
+  for (; i < count; ++i) largest = std::max(largest, Unsigned(index[i]));
   return count == 0 || int64_t(largest) < limit;
 }
 
@@ -91,9 +100,10 @@ inline void add_outliers(const char* op, int index, const OptionalTensor& ptr, c
 
   // The contents of device memory cannot be looked at without waiting for the device; its kernels guard every index.
   if (home.type != kCpu.type) return;
-  bool ascending = true;
-  for (int64_t i = 0; i < w.n; ++i) ascending &= w.out_ptr[i] <= w.out_ptr[i + 1];
-  if (!ascending || w.out_ptr[0] != 0 || w.out_ptr[w.n] != nnz)
+  const int32_t* offset = w.out_ptr;
+  int32_t descents = 0;
+  for (int64_t i = 0; i < w.n; ++i) descents += offset[i] > offset[i + 1];
+  if (descents != 0 || w.out_ptr[0] != 0 || w.out_ptr[w.n] != nnz)
     Arg{op, "out_ptr", index}.fail("ascending offsets from 0 to " + std::to_string(nnz), "other values");
   const bool columns_ok = w.col32 ? all_below(static_cast<const int32_t*>(w.out_col), nnz, w.k)
                                   : all_below(static_cast<const uint16_t*>(w.out_col), nnz, w.k);

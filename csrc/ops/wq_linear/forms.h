@@ -28,10 +28,10 @@ template <int Bits> EFFK_INLINE Chunk<Bits> load_chunk(const uint8_t* p) {
 }
 template <int Bits, int U> EFFK_INLINE vi unit_of(const Chunk<Bits>& c) {
   if constexpr (Bits == 8) return c.line[0];
-  else if constexpr (Bits == 4) return bits_and(shift_right<4 * U>(c.line[0]), set_i(0x0f0f0f0f));
-  else if constexpr (Bits == 2) return bits_and(shift_right<2 * U>(c.line[0]), set_i(0x03030303));
+  else if constexpr (Bits == 4) return bits_of_bytes<4 * U, 4>(c.line[0]);
+  else if constexpr (Bits == 2) return bits_of_bytes<2 * U, 2>(c.line[0]);
   else {
-    const vi low = bits_and(shift_right<2 * (U % 4)>(c.line[U / 4]), set_i(0x03030303)), top = set_i(0x04040404);
+    const vi low = bits_of_bytes<2 * (U % 4), 2>(c.line[U / 4]), top = set_i(0x04040404);
     if constexpr (U < 2) return and_or(shift_left<2 - U>(c.line[2]), top, low);
     else return and_or(shift_right<U - 2>(c.line[2]), top, low);
   }
@@ -155,19 +155,22 @@ template <class D, int Bits> EFFK_INLINE Codes codes_of(const WqWeight& w) {
 
 // Scales and zero points of (tile, span); vectors of 16 rows. Half a cache line a span is too slow a stream for hardware
 // prefetchers: without asking for the next tile's line here, a fixed 35 us of a 4096 x 4096 product is waiting for scales.
-EFFK_INLINE vf scales_of(const WqWeight& w, int64_t tile, int64_t group, int64_t groups) {
-  const int64_t at = (tile * groups + group) * 16;
+// `at` is (tile * groups + group) * 16.
+EFFK_INLINE vf scales_at(const WqWeight& w, int64_t at, int64_t groups) {
   prefetch(static_cast<const char*>(w.scales) + (at + groups * 16) * (w.scales_f32 ? 4 : 2));
   return w.scales_f32 ? load_f32(static_cast<const float*>(w.scales) + at) : load_f16(static_cast<const uint16_t*>(w.scales) + at);
 }
+EFFK_INLINE vf scales_of(const WqWeight& w, int64_t tile, int64_t group, int64_t groups) {
+  return scales_at(w, (tile * groups + group) * 16, groups);
+}
+EFFK_INLINE void zeros_at(const WqWeight& w, int64_t at, int64_t groups, Zeros& z) {
+  prefetch(w.zeros + at + groups * 16);
+  z.i = load_u8(w.zeros + at);
+  z.f = to_float(sub_i(z.i, set_i(1 << (w.bits - 1))));
+}
 EFFK_INLINE Zeros zeros_of(const WqWeight& w, int64_t tile, int64_t group, int64_t groups) {
   Zeros z{zero_i(), zero_f(), nullptr};
-  if (w.zeros) {
-    const uint8_t* p = w.zeros + (tile * groups + group) * 16;
-    prefetch(p + groups * 16);
-    z.i = load_u8(p);
-    z.f = to_float(sub_i(z.i, set_i(1 << (w.bits - 1))));
-  }
+  if (w.zeros) zeros_at(w, (tile * groups + group) * 16, groups, z);
   if (w.codebook_per_row) z.codebook = w.codebook + tile * (int64_t(16) << w.bits);
   return z;
 }

@@ -89,7 +89,7 @@ template <class D, int Bits, int NT, bool Panel> void gemm_tiles(const Tile& t) 
                                           y + (r.first_row(block) - m0) * 16, kStride);
     }
   }
-  finish_tiles<NT>(t, m0, total, y, kStride);
+  finish_tiles<NT>(t, m0, total, y, kStride, w.out_ptr != nullptr);
 }
 
 // D below 8 bits, D8 at 8 bits, DBook where codes go through a table of the weight.

@@ -54,25 +54,33 @@ template <class D, int Bits> struct Layout {
 };
 
 // NT tiles from t.tile on: out[tile][row of x][16].
-template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t, const Layout<D, Bits>& layout, float* out) {
+template <class D, int Bits, int MR, int NT, bool Outliers>
+void gemv_tiles(const Tile& t, const Layout<D, Bits>& layout, float* out, [[maybe_unused]] Streamed& outliers) {
   const WqWeight& w = *t.w;
   const Rows& r = *t.rows;
   const Codes& codes = layout.codes;
   const Spans& spans = layout.spans;
   const int64_t groups = layout.groups, tile_bytes = layout.tile_bytes;
+  const bool zeros = w.zeros != nullptr;
   constexpr int kParts = D::kForm == Form::int8 && MR * NT <= 4 ? 2 : 1;
   vf y[MR][NT];
   unroll<MR>([&](auto m) { unroll<NT>([&](auto i) { y[m][i] = zero_f(); }); });
   const uint8_t* p[NT];
-  unroll<NT>([&](auto i) { p[i] = w.packed + tile_index<NT>(t, i) * tile_bytes; });
+  int64_t constants[NT];
+  Zeros z[NT];
+  unroll<NT>([&](auto i) {
+    p[i] = w.packed + tile_index<NT>(t, i) * tile_bytes;
+    constants[i] = tile_index<NT>(t, i) * groups * 16;
+    z[i] = {zero_i(), zero_f(), nullptr};
+  });
   const int32_t* x = r.data;
   for (int64_t h = 0; h < spans.count; ++h) {
+    if constexpr (Outliers) if (outliers.pending()) outliers.step();
     const int chunks = spans.chunks(h);
-    const int64_t group = spans.group(h);
+    const int64_t group = spans.group(h) * 16;
     typename D::Acc acc[MR][NT][kParts];
-    Zeros z[NT];
     unroll<NT>([&](auto i) {
-      z[i] = zeros_of(w, tile_index<NT>(t, i), group, groups);
+      if (zeros) zeros_at(w, constants[i] + group, groups, z[i]);
       unroll<MR>([&](auto m) {
         acc[m][i][0] = D::init(w, codes, z[i], r.sum[h * MR + m]);
         if constexpr (kParts == 2) acc[m][i][1] = zero_i();
@@ -82,7 +90,7 @@ template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t, cons
     x += chunks * kUnits<Bits> * D::kSteps * MR;
     unroll<NT>([&](auto i) {
       p[i] += chunks * t16::chunk_bytes(Bits);
-      const vf scale = scales_of(w, tile_index<NT>(t, i), group, groups);
+      const vf scale = scales_at(w, constants[i] + group, groups);
       unroll<MR>([&](auto m) {
         if constexpr (kParts == 2) acc[m][i][0] = add_i(acc[m][i][0], acc[m][i][1]);
         y[m][i] = D::finish(acc[m][i][0], w, z[i], scale, r.scale[h * MR + m], r.sum[h * MR + m], y[m][i]);
@@ -90,27 +98,43 @@ template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t, cons
     });
   }
   unroll<NT>([&](auto i) { unroll<MR>([&](auto m) { store_f32(out + (i * MR + m) * 16, y[m][i]); }); });
+  if constexpr (Outliers)
+    for (int i = 0; i < t.tiles; ++i) store_f32(out + i * 16, add_f(load_f32(out + i * 16), outliers.rows(w, t.tile + i)));
 }
 
-// The outliers of all tiles come last and together: between the tiles they would break the weight stream 256 times in a
-// 4096 x 4096 product, and x would have to return to the first-level cache each time.
+// Outliers that do not run beside the stream come last and together: between the tiles they would break the stream 256
+// times in a 4096 x 4096 product, and x would have to return to the first-level cache each time.
 template <class D, int Bits, int NT> void gemv_run(const Tile& t) {
   const Layout<D, Bits> layout(*t.w, *t.rows);
   alignas(64) float y[(wq::kMaxGemvTiles + NT) * 4 * 16];
   const int m = int(t.rows->m);
+  const WqWeight& w = *t.w;
+  const auto tiles_from = [&](int i, int wanted) { return t.tiles - i < wanted ? t.tiles - i : wanted; };
+  Streamed outliers;
+  bool streamed = w.out_ptr && !w.col32 && m == 1;
+  for (int i = 0; i < t.tiles && streamed; i += NT) streamed = Streamed::entries(w, t.tile + i, tiles_from(i, NT)) <= Streamed::kMax;
+  int gathered = 0;  // tiles
   for (int i = 0; i < t.tiles; i += NT) {
     Tile part = t;
     part.tile = t.tile + i;
-    part.tiles = t.tiles - i < NT ? t.tiles - i : NT;
+    part.tiles = tiles_from(i, NT);
+    if (streamed && i == gathered) {
+      int ahead = Streamed::kTiles;
+      while (ahead > NT && Streamed::entries(w, part.tile, tiles_from(i, ahead)) > Streamed::kMax) ahead /= 2;
+      outliers.start(t, part.tile, tiles_from(i, ahead), layout.spans.count);
+      gathered += ahead;
+    }
     float* out = y + i * m * 16;
     switch (m) {
-      case 1: gemv_tiles<D, Bits, 1, NT>(part, layout, out); break;
-      case 2: gemv_tiles<D, Bits, 2, NT>(part, layout, out); break;
-      case 3: gemv_tiles<D, Bits, 3, NT>(part, layout, out); break;
-      default: gemv_tiles<D, Bits, 4, NT>(part, layout, out);
+      case 1:
+        streamed ? gemv_tiles<D, Bits, 1, NT, true>(part, layout, out, outliers) : gemv_tiles<D, Bits, 1, NT, false>(part, layout, out, outliers);
+        break;
+      case 2: gemv_tiles<D, Bits, 2, NT, false>(part, layout, out, outliers); break;
+      case 3: gemv_tiles<D, Bits, 3, NT, false>(part, layout, out, outliers); break;
+      default: gemv_tiles<D, Bits, 4, NT, false>(part, layout, out, outliers);
     }
   }
-  finish_tiles<wq::kMaxGemvTiles>(t, 0, m, y, m * 16);
+  finish_tiles<wq::kMaxGemvTiles>(t, 0, m, y, m * 16, w.out_ptr && !streamed);
 }
 template <class D, class D8, int NT> void gemv(const Tile& t) {
   switch (t.w->bits) {
