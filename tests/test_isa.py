@@ -43,6 +43,13 @@ def test_environment_with_another_name_is_an_error(name: str) -> None:
     )
 
 
+def test_command_with_another_name_ends_in_one_line() -> None:
+    env = os.environ | {"EFFK_ISA": "avx9"}
+    done = subprocess.run([sys.executable, "-m", "effk", "info"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("effk: error: EFFK_ISA: expected one of") and done.stderr.count("\n") == 1
+
+
 def test_empty_environment_is_none() -> None:
     assert run_python("from effk import isa; print(isa.active())", EFFK_ISA="").stdout.strip() == isa.supported()[-1]
 

@@ -5,11 +5,16 @@ VL), ``avx512vnni`` (with VNNI, VBMI, GFNI). BF16 dot products are a feature on 
 variable ``EFFK_ISA`` forces a tier from the start of the process; :func:`use` does it at run time.
 """
 
+import sys
+from pathlib import Path
 from types import TracebackType
 
 from . import _C
 
 if _error := _C.isa_environment_error():
+    if Path(sys.argv[0]).name in ("effk", "-m"):  # the command, which is imported after this and cannot catch it
+        print(f"effk: error: {_error}", file=sys.stderr)
+        raise SystemExit(2)
     raise ImportError(_error)
 
 

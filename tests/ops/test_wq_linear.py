@@ -245,6 +245,20 @@ def test_many_columns_take_wide_indices(tier: str) -> None:
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("share", (0.001, 0.02, 0.06, 0.2))
+def test_any_number_of_outliers(compute: str, share: float) -> None:
+    """Kernels group tiles by their outliers: several together, one at a time, too many for that, and rows with none."""
+    weight = random_weight(149, 2000, 3, 128, "asymmetric", outliers=share)
+    packed, x = wq.pack(weight), random_input(9, 2000)
+    results = on_every_tier(lambda: wq.linear(x[:1], packed, None, compute))
+    for name, y in results.items():
+        assert_close(y, x[:1], weight, None, compute, name)
+        with isa.use(name):
+            assert same_bits(y, wq.linear(x, packed, None, compute)[:1]), name
+    assert compute == "float" or all(same_bits(y, results["scalar"]) for y in results.values())
+
+
+@pytest.mark.parametrize("compute", COMPUTE)
 @pytest.mark.parametrize("m", (0, 1, 3, 33))
 def test_multi_linear_equals_its_parts(tier: str, compute: str, m: int) -> None:
     weights = [
