@@ -5,6 +5,7 @@
 #include <unistd.h>
 #endif
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -165,19 +166,31 @@ Tensor large_result(std::initializer_list<int64_t> sizes, int32_t dtype) {
 
 void* scratch(size_t bytes) {
   constexpr size_t kAlign = 64, kKeep = size_t(4) << 20;
-  struct Free { void operator()(void* p) const { std::free(p); } };
-  thread_local std::unique_ptr<void, Free> buffer;
-  thread_local size_t size = 0;
-  if (size < bytes || (size > kKeep && bytes <= kKeep)) {
-    buffer.reset();
-    size = 0;
-    const size_t unit = bytes > kKeep ? ResultPool::kPage : kAlign, rounded = (bytes + unit - 1) / unit * unit;
-    buffer.reset(std::aligned_alloc(rounded > kKeep ? ResultPool::kPage : kAlign, rounded ? rounded : kAlign));
-    if (!buffer) throw std::bad_alloc();
-    if (rounded > kKeep) ask_for_large_pages(buffer.get(), rounded);
-    size = rounded;
+  struct Room {  // what is large comes from the pool and goes back there
+    void* data = nullptr;
+    size_t size = 0;
+    ~Room() { release(); }
+    void release() {
+      if (size > kKeep) ResultPool::instance().give(data);
+      else std::free(data);
+      data = nullptr;
+      size = 0;
+    }
+  };
+  thread_local Room room;
+  if (room.size < bytes || (room.size > kKeep && bytes <= kKeep)) {
+    room.release();
+    if (bytes > kKeep) {
+      room.data = ResultPool::instance().take(bytes);
+      room.size = bytes;
+    } else {
+      const size_t rounded = std::max((bytes + kAlign - 1) / kAlign * kAlign, kAlign);
+      room.data = std::aligned_alloc(kAlign, rounded);
+      if (!room.data) throw std::bad_alloc();
+      room.size = rounded;
+    }
   }
-  return buffer.get();
+  return room.data;
 }
 
 }  // namespace effk::binding

@@ -87,7 +87,8 @@ ParallelFor torch_pool();
 Tensor large_result(std::initializer_list<int64_t> sizes, int32_t dtype);
 
 // 64-byte aligned scratch of at least `bytes`, valid until this thread's next call. Grows and is kept, so that a call in
-// a decoding loop allocates nothing; what is larger than a decoding step needs is given back by the next small call.
+// a decoding loop allocates nothing; what is larger than a decoding step needs goes back to the pool of large results at the
+// next small call.
 void* scratch(size_t bytes);
 
 }  // namespace effk::binding
