@@ -147,5 +147,19 @@ inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162
   return __halves2bfloat162(__hfma(__low2bfloat16(a), __low2bfloat16(b), __low2bfloat16(c)),
                             __hfma(__high2bfloat16(a), __high2bfloat16(b), __high2bfloat16(c)));
 }
+// sin and cos of pi x, exact at multiples of 1/2.
+inline void sincospi(double x, double* sine, double* cosine) {
+  constexpr double kPi = 3.14159265358979323846;
+  const double nearest = std::nearbyint(2.0 * x), rest = (x - 0.5 * nearest) * kPi, s = std::sin(rest), c = std::cos(rest);
+  const int quarter = int(int64_t(nearest) & 3);
+  *sine = quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c;
+  *cosine = quarter == 0 ? c : quarter == 1 ? -s : quarter == 2 ? -c : s;
+}
+inline void sincospif(float x, float* sine, float* cosine) {
+  double s, c;
+  sincospi(double(x), &s, &c);
+  *sine = float(s);
+  *cosine = float(c);
+}
 using std::max;
 using std::min;
