@@ -54,6 +54,13 @@ EFFK_PTX void mma_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// This thread's place in its warp. Volatile: what is computed from it in a loop stays there instead of in registers around it.
+EFFK_PTX int lane_id() {
+  int lane;
+  asm volatile("mov.u32 %0, %%laneid;\n" : "=r"(lane));
+  return lane;
+}
+
 // Any bitwise function of three words: bit i of Table is its value where (a, b, c) are the bits of i, a highest.
 template <int Table>
 EFFK_PTX uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
@@ -168,6 +175,8 @@ void mma(C (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma<__half>(c, a, b0, b1, "mma.m16n8k16.f16"); }
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma<__nv_bfloat16>(c, a, b0, b1, "mma.m16n8k16.bf16"); }
 inline void mma_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma<int8_t>(c, a, b0, b1, "mma.m16n8k32.s8"); }
+
+inline int lane_id() { return cuemu::cur->lane; }
 
 template <int Table>
 uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {

@@ -167,13 +167,13 @@ void in_chunks(const Problem& p, int64_t rows, const Use& use) {
 void spectra(Sequence& run, const Problem& p, const Signals& s, int64_t first, int rows, char* to, const Workspace& at) {
   if (p.type == DType::f32) {
     PointArgs a = point_args(p, s, to, false);
-    a.r.first_row = first;
+    a.r.first_row = int(first);
     run.over(load_kernel, p.plan.m() / 8, 128, rows, a);
     transform<false>(run, p.plan, a.z, rows);
     return;
   }
   FusedArgs f = fused_args(p, s, false);
-  f.r.first_row = first;
+  f.r.first_row = int(first);
   f.r.rows = rows;
   f.spectra = reinterpret_cast<uint32_t*>(to);
   f.spectrum_scale = reinterpret_cast<float*>(to + at.scale);
@@ -270,7 +270,7 @@ int convolve(const Problem& p, const Signals& s, bool correlate, void* workspace
   in_chunks(p, at.rows, [&](int64_t first, int rows) {
     if (p.type == DType::f32) {
       PointArgs a = point_args(p, s, base, correlate);
-      a.r.first_row = first;
+      a.r.first_row = int(first);
       run.over(load_kernel, p.plan.m() / 8, 128, rows, a);
       transform<false>(run, p.plan, a.z, rows);
       run.over(product_kernel, p.plan.m(), 256, rows, a);
@@ -279,7 +279,7 @@ int convolve(const Problem& p, const Signals& s, bool correlate, void* workspace
       return;
     }
     FusedArgs f = fused_args(p, s, correlate);
-    f.r.first_row = first;
+    f.r.first_row = int(first);
     f.r.rows = rows;
     f.work = reinterpret_cast<uint16_t*>(base);
     f.spectrum_scale = reinterpret_cast<float*>(base + at.scale);

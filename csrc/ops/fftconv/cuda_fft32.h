@@ -90,8 +90,8 @@ __global__ void __launch_bounds__(128) load_kernel(const PointArgs p) {
   float re[8], im[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) re[i] = im[i] = 0.0f;
-  if (n < p.r.length) load_input(re, p.r, offset, n);
-  if (n + p.m < p.r.length) load_input(im, p.r, offset, int(n + p.m));
+  if (n < p.r.length) load_input<true>(re, p.r, offset, n);
+  if (n + p.m < p.r.length) load_input<true>(im, p.r, offset, int(n + p.m));
   float4* const z = reinterpret_cast<float4*>(p.z + blockIdx.y * p.m + n);
 #pragma unroll
   for (int i = 0; i < 4; ++i) z[i] = {re[2 * i], im[2 * i], re[2 * i + 1], im[2 * i + 1]};
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(256) product_kernel(const PointArgs p) {
 __global__ void __launch_bounds__(128) store_kernel(const PointArgs p) {
   const int n = int(blockIdx.x * blockDim.x + threadIdx.x) * 8;
   if (n >= p.m) return;
-  const int64_t row = p.r.first_row + blockIdx.y;
+  const int row = p.r.first_row + int(blockIdx.y);
   const float4* const z = reinterpret_cast<const float4*>(p.z + blockIdx.y * p.m + n);
   const float scale = p.scale[row / p.r.batch], gain = p.gain * verdict(p.r);
   float re[8], im[8];
@@ -118,8 +118,8 @@ __global__ void __launch_bounds__(128) store_kernel(const PointArgs p) {
     const float4 w = z[i];
     re[2 * i] = w.x * gain * scale, im[2 * i] = w.y * gain * scale, re[2 * i + 1] = w.z * gain * scale, im[2 * i + 1] = w.w * gain * scale;
   }
-  finish8(p.r, row, n, re);
-  if (n + p.m < p.r.length) finish8(p.r, row, int(n + p.m), im);
+  finish8<true>(p.r, row, n, re);
+  if (n + p.m < p.r.length) finish8<true>(p.r, row, int(n + p.m), im);
 }
 
 struct AccumulateArgs {
@@ -174,8 +174,8 @@ __global__ void __launch_bounds__(256) dot_kernel(const RowArgs v, const RowArgs
   float sum = 0.0f;
   for (int n = threadIdx.x * 8; n < v.length; n += blockDim.x * 8) {
     float a[8], b[8];
-    load_input(a, v, offset, n);
-    load_input(b, g, offset, n);
+    load_input<true>(a, v, offset, n);
+    load_input<true>(b, g, offset, n);
 #pragma unroll
     for (int i = 0; i < 8; ++i) sum = fmaf(a[i], b[i], sum);
   }

@@ -70,7 +70,7 @@ constexpr uint32_t kSigns = 0x80008000u;
 
 template <class T>
 __device__ __forceinline__ T table(const float* tables, int64_t offset, int i) {
-  return __ldg(reinterpret_cast<const T*>(tables + offset) + i);
+  return reinterpret_cast<const T*>(tables + offset)[i];
 }
 __device__ __forceinline__ uint4 fragment(const float* tables, int64_t offset, int i) {
   const float4 f = table<float4>(tables, offset, i);
@@ -110,7 +110,7 @@ __device__ __forceinline__ void strips(unsigned char* planes, const FusedArgs& p
   const int from = address(first_row_chunk<S>(lane_row(lane)) ^ lane_chunk(lane));
   const int to = address(first_row_chunk<S>(g)) + 4 * t;
   for (int task = warp / kColumns3; task < rows * kRows2; task += S::warps / kColumns3) {
-    const int row = task / kRows2, n2 = task % kRows2;
+    const int row = S::rows == 1 ? 0 : task / kRows2, n2 = S::rows == 1 ? task : task % kRows2;
     const int place = address(row * (S::m / 8) + n2 * (S::n3 / 8) + column * 2);
     uint32_t re[kTiles][4], im[kTiles][4];
 #pragma unroll
@@ -157,19 +157,29 @@ __device__ __forceinline__ void strips(unsigned char* planes, const FusedArgs& p
   }
 }
 
-// One N_2 x N_3 tile: rest of the forward transform, spectral product, start of the inverse. `base`: its first chunk.
+// One N_2 x N_3 tile: rest of the forward transform, spectral product, start of the inverse. r: its row in this block of threads; block: in
+// this launch.
 template <class S>
-__device__ __forceinline__ void tile(unsigned char* planes, const FusedArgs& p, int base, int k1, const float2* kf, uint2* spectrum) {
+__device__ __forceinline__ void tile(unsigned char* planes, const FusedArgs& p, int r, int k1, int block) {
   constexpr int kTiles2 = S::tiles2, kTiles3 = S::tiles3, kStride = S::n3 / 8, kPlane = S::points * 2;
   constexpr bool kAlone = S::n1 == 1;  // the first stage of all is in here
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int lane = ptx::lane_id(), g = lane / 4, t = lane % 4;
   const bool complex_rows = !kAlone || p.parts == 2;
+  const int base = r * (S::m / 8) + k1 * (S::n2 * S::n3 / 8);
   const int from = address(base) ^ address(lane_row(lane) * kStride ^ lane_chunk(lane));
   const int to = (address(base) ^ address(g * kStride)) + 4 * t;
 
-  uint32_t xre[kTiles2][kTiles3][4], xim[kTiles2][kTiles3][4];  // left operands of stage 3
-#pragma unroll
+  uint32_t xre[kTiles2][kTiles3][4] = {}, xim[kTiles2][kTiles3][4] = {};  // left operands of stage 3
+  // Code that is there once for all columns, and for all rows of stage 3: unrolled, the compiler loads ahead until it spills.
+  // So the operands move past fixed places: here into the last row and column, in stage 3 out of the first row.
+#pragma unroll 1
   for (int j = 0; j < kTiles3; ++j) {
+#pragma unroll
+    for (int m = 0; m < kTiles2; ++m)
+#pragma unroll
+      for (int k = 1; k < kTiles3; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) xre[m][k - 1][i] = xre[m][k][i], xim[m][k - 1][i] = xim[m][k][i];
     uint32_t re[kTiles2][4], im[kTiles2][4];
 #pragma unroll
     for (int k = 0; k < kTiles2; ++k) {
@@ -177,8 +187,12 @@ __device__ __forceinline__ void tile(unsigned char* planes, const FusedArgs& p, 
       ptx::ldmatrix_x4_trans(re[k], at);
       if (complex_rows) ptx::ldmatrix_x4_trans(im[k], at + kPlane);
     }
-#pragma unroll
+#pragma unroll(kTiles2* kTiles3 > 2 ? 1 : kTiles2)
     for (int m = 0; m < kTiles2; ++m) {
+#pragma unroll
+      for (int r = 1; r < kTiles2; ++r)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) xre[r - 1][kTiles3 - 1][i] = xre[r][kTiles3 - 1][i], xim[r - 1][kTiles3 - 1][i] = xim[r][kTiles3 - 1][i];
       float cre[2][4], cim[2][4];
 #pragma unroll
       for (int n = 0; n < 2; ++n) zero(cre[n]), zero(cim[n]);
@@ -204,76 +218,95 @@ __device__ __forceinline__ void tile(unsigned char* planes, const FusedArgs& p, 
           const float4 w = table<float4>(p.tables, p.at.w, ((16 * m + 8 * half + g) * S::n3 + 16 * j + 8 * n) / 2 + t);
           const float2 a = multiply({cre[n][2 * half], cim[n][2 * half]}, {w.x, w.y});
           const float2 b = multiply({cre[n][2 * half + 1], cim[n][2 * half + 1]}, {w.z, w.w});
-          xre[m][j][2 * n + half] = pack_half(a.x, b.x);
-          xim[m][j][2 * n + half] = pack_half(a.y, b.y);
+          xre[kTiles2 - 1][kTiles3 - 1][2 * n + half] = pack_half(a.x, b.x);
+          xim[kTiles2 - 1][kTiles3 - 1][2 * n + half] = pack_half(a.y, b.y);
         }
     }
   }
 
+  const auto next_rows = [&] {
 #pragma unroll
+    for (int m = 1; m < kTiles2; ++m)
+#pragma unroll
+      for (int k = 0; k < kTiles3; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) xre[m - 1][k][i] = xre[m][k][i], xim[m - 1][k][i] = xim[m][k][i];
+  };
+#pragma unroll 1
   for (int m = 0; m < kTiles2; ++m) {
-    float zre[2 * kTiles3][4], zim[2 * kTiles3][4];
-    // What is multiplied: forward by F, inverse by conj(F), whose imaginary part is negated in the data.
-    const auto third = [&](bool inverse) {
+    const int row2 = 16 * m + g;
+    // Blocks of m bins before this one's.
+    const int64_t bins = (int64_t((p.r.first_row + (block >> p.log_outer)) / p.r.batch) << p.log_outer) + (block & ((1 << p.log_outer) - 1));
+    float zre[2][4], zim[2][4];
+    // 16 columns of a product with F, or with conj(F), whose imaginary part is negated in the data.
+    const auto third = [&](const uint32_t(&re)[kTiles3][4], const uint32_t(&im)[kTiles3][4], int j, bool inverse) {
 #pragma unroll
-      for (int n = 0; n < 2 * kTiles3; ++n) {
+      for (int n = 0; n < 2; ++n) {
         zero(zre[n]), zero(zim[n]);
 #pragma unroll
         for (int k = 0; k < kTiles3; ++k) {
-          const uint4 f = fragment(p.tables, p.at.third, (k * 2 * kTiles3 + n) * 32 + lane);
+          const uint4 f = fragment(p.tables, p.at.third, (k * 2 * kTiles3 + 2 * j + n) * 32 + lane);
           uint32_t negated[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) negated[i] = (inverse ? xre[m][k][i] : xim[m][k][i]) ^ kSigns;
-          ptx::mma_f16(zre[n], xre[m][k], f.x, f.y);
-          ptx::mma_f16(zim[n], xim[m][k], f.x, f.y);
+          for (int i = 0; i < 4; ++i) negated[i] = (inverse ? re[k][i] : im[k][i]) ^ kSigns;
+          ptx::mma_f16(zre[n], re[k], f.x, f.y);
+          ptx::mma_f16(zim[n], im[k], f.x, f.y);
           if (inverse) {
-            ptx::mma_f16(zre[n], xim[m][k], f.z, f.w);
+            ptx::mma_f16(zre[n], im[k], f.z, f.w);
             ptx::mma_f16(zim[n], negated, f.z, f.w);
           } else {
             ptx::mma_f16(zre[n], negated, f.z, f.w);
-            ptx::mma_f16(zim[n], xre[m][k], f.z, f.w);
+            ptx::mma_f16(zim[n], re[k], f.z, f.w);
           }
         }
       }
     };
-    third(false);
-    const int row2 = 16 * m + g;
-    if (spectrum) {
+    uint32_t yre[kTiles3][4] = {}, yim[kTiles3][4] = {};
+#pragma unroll 1
+    for (int j = 0; j < kTiles3; ++j) {
 #pragma unroll
-      for (int n = 0; n < 2 * kTiles3; ++n)
+      for (int k = 1; k < kTiles3; ++k)
 #pragma unroll
-        for (int half = 0; half < 2; ++half)
-          spectrum[((row2 + 8 * half) * S::n3 + 8 * n) / 2 + t] = {pack_half(zre[n][2 * half], zim[n][2 * half]),
-                                                                  pack_half(zre[n][2 * half + 1], zim[n][2 * half + 1])};
-      continue;
+        for (int i = 0; i < 4; ++i) yre[k - 1][i] = yre[k][i], yim[k - 1][i] = yim[k][i];
+      third(xre[0], xim[0], j, false);
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int at = ((row2 + 8 * half) * S::n3 + 16 * j + 8 * n) / 2 + t;
+          if (p.spectra) {
+            reinterpret_cast<uint2*>(p.spectra + int64_t(block) * S::m + k1 * (S::n2 * S::n3))[at] = {pack_half(zre[n][2 * half], zim[n][2 * half]), pack_half(zre[n][2 * half + 1], zim[n][2 * half + 1])};
+            continue;
+          }
+          const float4 k = reinterpret_cast<const float4*>(p.tables + p.at.spectrum + 2 * (bins * S::m + k1 * (S::n2 * S::n3)))[at];
+          const float2 a = multiply({zre[n][2 * half], zim[n][2 * half]}, {k.x, p.direction * k.y});
+          const float2 b = multiply({zre[n][2 * half + 1], zim[n][2 * half + 1]}, {k.z, p.direction * k.w});
+          yre[kTiles3 - 1][2 * n + half] = pack_half(a.x, b.x);
+          yim[kTiles3 - 1][2 * n + half] = pack_half(a.y, b.y);
+        }
     }
+    next_rows();
+    if (p.spectra) continue;
+#pragma unroll 1
+    for (int j = 0; j < kTiles3; ++j) {
+      third(yre, yim, j, true);
 #pragma unroll
-    for (int n = 0; n < 2 * kTiles3; ++n)
+      for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float4 k = __ldg(reinterpret_cast<const float4*>(kf + (row2 + 8 * half) * S::n3 + 8 * n) + t);
-        const float2 a = multiply({zre[n][2 * half], zim[n][2 * half]}, {k.x, p.direction * k.y});
-        const float2 b = multiply({zre[n][2 * half + 1], zim[n][2 * half + 1]}, {k.z, p.direction * k.w});
-        xre[m][n / 2][2 * (n % 2) + half] = pack_half(a.x, b.x);
-        xim[m][n / 2][2 * (n % 2) + half] = pack_half(a.y, b.y);
-      }
-    third(true);
-#pragma unroll
-    for (int n = 0; n < 2 * kTiles3; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float4 w = table<float4>(p.tables, p.at.w, ((row2 + 8 * half) * S::n3 + 8 * n) / 2 + t);
-        const float2 a = multiply_conj({zre[n][2 * half], zim[n][2 * half]}, {w.x, w.y});
-        const float2 b = multiply_conj({zre[n][2 * half + 1], zim[n][2 * half + 1]}, {w.z, w.w});
-        unsigned char* const at = planes + (to ^ address((16 * m + 8 * half) * kStride ^ n));
-        *reinterpret_cast<uint32_t*>(at) = pack_half(a.x, b.x);
-        *reinterpret_cast<uint32_t*>(at + kPlane) = pack_half(a.y, b.y);
-      }
+        for (int half = 0; half < 2; ++half) {
+          const float4 w = table<float4>(p.tables, p.at.w, ((row2 + 8 * half) * S::n3 + 16 * j + 8 * n) / 2 + t);
+          const float2 a = multiply_conj({zre[n][2 * half], zim[n][2 * half]}, {w.x, w.y});
+          const float2 b = multiply_conj({zre[n][2 * half + 1], zim[n][2 * half + 1]}, {w.z, w.w});
+          unsigned char* const at = planes + (to ^ address((16 * m + 8 * half) * kStride ^ 2 * j ^ n));
+          *reinterpret_cast<uint32_t*>(at) = pack_half(a.x, b.x);
+          *reinterpret_cast<uint32_t*>(at + kPlane) = pack_half(a.y, b.y);
+        }
+    }
   }
-  if (spectrum) return;
+  if (p.spectra) return;
   __syncwarp();  // the tile, by rows until here, is now read by columns
 
-#pragma unroll
+#pragma unroll 1
   for (int j = 0; j < kTiles3; ++j) {
     uint32_t re[kTiles2][4], im[kTiles2][4];
 #pragma unroll
@@ -346,49 +379,49 @@ template <class S>
 __global__ void __launch_bounds__(S::threads, S::blocks) fused_kernel(const FusedArgs p) {
   EFFK_DYN_SMEM(planes);
   float* const shared = reinterpret_cast<float*>(planes + S::points * 4);
-  const int row_in_block = threadIdx.x / S::row_threads, thread = threadIdx.x % S::row_threads;
-  const int64_t first = int64_t(blockIdx.x) * S::rows;
-  const int count = p.r.rows << p.log_outer;  // rows of this kernel's size
-  const int rows = int(min(int64_t(S::rows), count - first));
-  const bool mine = row_in_block < rows;
-  const int64_t local = first + row_in_block;            // among the rows of this launch
-  const int64_t row = p.r.first_row + local;             // among the rows of the call, if log_outer = 0
+  const int row_in_block = S::rows == 1 ? 0 : threadIdx.x / S::row_threads, thread = threadIdx.x % S::row_threads;
+  const int first = int(blockIdx.x) * S::rows;
+  const int rows = S::rows == 1 ? 1 : min(S::rows, (p.r.rows << p.log_outer) - first);
+  const bool mine = S::rows == 1 || row_in_block < rows;
+  const int local = first + row_in_block;                // among the rows of this size of this launch
+  const int row = p.r.first_row + local;                 // among the rows of the call, if log_outer = 0
   const int64_t offset = p.log_outer || !mine ? 0 : row_offset(p.r, row);
   const int chunk0 = row_in_block * (S::m / 8) + thread;
-  float undo = 1.0f;
 
   if (p.log_outer) {
     for (int part = 0; part < 2 && mine; ++part)
 #pragma unroll
       for (int e = 0; e < S::vectors; ++e)
         *reinterpret_cast<uint4*>(planes + part * S::points * 2 + address(chunk0 + e * S::row_threads)) =
-            reinterpret_cast<const uint4*>(p.work + (local * 2 + part) * S::m)[thread + e * S::row_threads];
+            reinterpret_cast<const uint4*>(p.work + int64_t(local * 2 + part) * S::m)[thread + e * S::row_threads];
   } else {
-    float v[S::vectors][8], largest = 0.0f;
+    // A row of 32K is read twice, the second time from L2: as many registers as it takes would spill elsewhere.
+    constexpr bool kKeep = S::vectors <= 4;
+    constexpr int kKept = kKeep ? S::vectors : 1;
+    float v[kKept][8], largest = 0.0f;
+    const auto load = [&](float(&to)[8], int n) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) to[i] = 0.0f;
+      if (mine && n < p.r.length) load_input<false>(to, p.r, offset, n);
+    };
     for (int part = p.parts - 1; part >= 0; --part)
-#pragma unroll
+#pragma unroll kKept
       for (int e = 0; e < S::vectors; ++e) {
-        const int n = part * S::m + (thread + e * S::row_threads) * 8;
+        float(&at)[8] = v[kKeep ? e : 0];
+        load(at, part * S::m + (thread + e * S::row_threads) * 8);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) v[e][i] = 0.0f;
-        if (mine && n < p.r.length) load_input(v[e], p.r, offset, n);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(v[e][i]));
+        for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(at[i]));
       }
     const int exponent = row_exponent(row_largest<S>(largest, shared), p.target);
-    const float scale = power_of_two(exponent);
-    undo = power_of_two(-exponent);
+    const float scale = power_of_two(exponent), undo = power_of_two(-exponent);
+    if (thread == 0) shared[S::warps + row_in_block] = undo;  // for the end; a register less until then
     for (int part = 0; part < p.parts; ++part)
-#pragma unroll
+#pragma unroll kKept
       for (int e = 0; e < S::vectors; ++e) {
-        const int n = part * S::m + (thread + e * S::row_threads) * 8;
-        if (part) {
-#pragma unroll
-          for (int i = 0; i < 8; ++i) v[e][i] = 0.0f;
-          if (mine && n < p.r.length) load_input(v[e], p.r, offset, n);
-        }
-        const uint4 w = {pack_half(v[e][0] * scale, v[e][1] * scale), pack_half(v[e][2] * scale, v[e][3] * scale),
-                         pack_half(v[e][4] * scale, v[e][5] * scale), pack_half(v[e][6] * scale, v[e][7] * scale)};
+        float(&at)[8] = v[kKeep ? e : 0];
+        if (part || !kKeep) load(at, part * S::m + (thread + e * S::row_threads) * 8);
+        const uint4 w = {pack_half(at[0] * scale, at[1] * scale), pack_half(at[2] * scale, at[3] * scale),
+                         pack_half(at[4] * scale, at[5] * scale), pack_half(at[6] * scale, at[7] * scale)};
         *reinterpret_cast<uint4*>(planes + part * S::points * 2 + address(chunk0 + e * S::row_threads)) = w;
       }
     if (p.spectra && mine && thread == 0) p.spectrum_scale[local] = undo;
@@ -399,12 +432,8 @@ __global__ void __launch_bounds__(S::threads, S::blocks) fused_kernel(const Fuse
     __syncthreads();
   }
   for (int task = threadIdx.x / 32; task < rows * S::n1; task += S::warps) {
-    const int r = task / S::n1, k1 = task % S::n1, offset2 = k1 * S::n2 * S::n3;
-    const int64_t block = first + r, channel = (p.r.first_row + (block >> p.log_outer)) / p.r.batch;
-    const int64_t bins = (channel << p.log_outer) + (block & ((1 << p.log_outer) - 1));  // blocks of m bins before this one's
-    const float2* const kf = reinterpret_cast<const float2*>(p.tables + p.at.spectrum) + bins * S::m + offset2;
-    uint2* const spectrum = p.spectra ? reinterpret_cast<uint2*>(p.spectra + block * S::m + offset2) : nullptr;
-    tile<S>(planes, p, r * (S::m / 8) + offset2 / 8, k1, kf, spectrum);
+    const int r = S::rows == 1 ? 0 : task / S::n1, k1 = S::rows == 1 ? task : task % S::n1;
+    tile<S>(planes, p, r, k1, first + r);
   }
   if (p.spectra) return;
   __syncthreads();
@@ -418,11 +447,11 @@ __global__ void __launch_bounds__(S::threads, S::blocks) fused_kernel(const Fuse
     for (int part = 0; part < 2; ++part)
 #pragma unroll
       for (int e = 0; e < S::vectors; ++e)
-        reinterpret_cast<uint4*>(p.work + (local * 2 + part) * S::m)[thread + e * S::row_threads] =
+        reinterpret_cast<uint4*>(p.work + int64_t(local * 2 + part) * S::m)[thread + e * S::row_threads] =
             *reinterpret_cast<const uint4*>(planes + part * S::points * 2 + address(chunk0 + e * S::row_threads));
     return;
   }
-  const float gain = p.gain * verdict(p.r) * p.tables[p.at.scale + row / p.r.batch];
+  const float gain = p.gain * verdict(p.r) * p.tables[p.at.scale + row / p.r.batch], undo = shared[S::warps + row_in_block];
   for (int part = 0; part < p.parts; ++part)
     for (int e = 0; e < S::vectors; ++e) {
       const uint4 w = *reinterpret_cast<const uint4*>(planes + part * S::points * 2 + address(chunk0 + e * S::row_threads));
@@ -430,7 +459,7 @@ __global__ void __launch_bounds__(S::threads, S::blocks) fused_kernel(const Fuse
       float y[8] = {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] = y[i] * undo * gain;
-      finish8(p.r, row, part * S::m + (thread + e * S::row_threads) * 8, y);
+      finish8<false>(p.r, row, part * S::m + (thread + e * S::row_threads) * 8, y);
     }
 }
 

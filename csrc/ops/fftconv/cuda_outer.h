@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(256) largest_kernel(const RowArgs p, float* la
   const int64_t offset = row_offset(p, p.first_row + blockIdx.y);
   float v[8], most = 0.0f;
   for (int n = int(blockIdx.x * blockDim.x + threadIdx.x) * 8; n < p.length; n += gridDim.x * blockDim.x * 8) {
-    load_input(v, p, offset, n);
+    load_input<false>(v, p, offset, n);
 #pragma unroll
     for (int i = 0; i < 8; ++i) most = fmaxf(most, fabsf(v[i]));
   }
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kOuterThreads, 2) outer_kernel(const OuterArgs
       float v[8];
 #pragma unroll
       for (int j = 0; j < 8; ++j) v[j] = 0.0f;
-      if (n < p.f.r.length) load_input(v, p.f.r, offset, int(n));
+      if (n < p.f.r.length) load_input<false>(v, p.f.r, offset, int(n));
       *reinterpret_cast<uint4*>(strip + part * plane + address(i)) = {
           pack_half(v[0] * scale, v[1] * scale), pack_half(v[2] * scale, v[3] * scale), pack_half(v[4] * scale, v[5] * scale),
           pack_half(v[6] * scale, v[7] * scale)};
@@ -168,7 +168,8 @@ __global__ void __launch_bounds__(kOuterThreads, 2) outer_inverse_kernel(const O
   }
   __syncthreads();
 
-  const int64_t row = p.f.r.first_row + blockIdx.y, m = int64_t(p.outer) * p.inner;
+  const int row = p.f.r.first_row + int(blockIdx.y);
+  const int64_t m = int64_t(p.outer) * p.inner;
   const float undo = p.f.spectrum_scale[blockIdx.y], gain = p.f.gain * verdict(p.f.r) * p.f.tables[p.f.at.scale + row / p.f.r.batch];
   for (int part = 0; part < p.parts; ++part)
     for (int i = threadIdx.x; i < wanted * row_chunks; i += blockDim.x) {
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kOuterThreads, 2) outer_inverse_kernel(const O
       float y[8] = {a.x, a.y, b.x, b.y, c.x, c.y, d.x, d.y};
 #pragma unroll
       for (int j = 0; j < 8; ++j) y[j] = y[j] * undo * gain;
-      finish8(p.f.r, row, int(n), y);
+      finish8<false>(p.f.r, row, int(n), y);
     }
 }
 

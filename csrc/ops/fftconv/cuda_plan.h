@@ -26,7 +26,7 @@ constexpr int kMaxLog = kMaxInnerLog + kMaxOuterLog;             // 8M complex p
 // Bytes of shared memory of the kernel for 2^log points; kernels with fewer than 4096 points take several rows a block.
 constexpr int kBlockPoints = 8192;
 constexpr int points_of(int log) { return (1 << log) < kBlockPoints ? kBlockPoints : 1 << log; }
-constexpr int kReduceBytes = 128;
+constexpr int kReduceBytes = 192;  // a float a warp, a float a row
 constexpr int smem_of(int log) { return points_of(log) * 4 + kReduceBytes; }
 
 // Factors of 2^log inside one kernel; n1 = 1: two stages.

@@ -13,8 +13,7 @@ struct RowArgs {
   DType type;
   bool aligned;         // every row of every tensor starts at a multiple of 16 bytes
   int batch, channels, length;
-  int64_t first_row;
-  int rows;
+  int first_row, rows;
   const float* header;  // of the spectrum
   float expected[7];    // words kMagic .. kChannels as they must be; scheme < 0: any
   int room;             // taps that the length leaves room for
@@ -40,47 +39,42 @@ __device__ __forceinline__ float2 multiply_conj(float2 a, float2 b) {  // a conj
   return {fmaf(a.x, b.x, a.y * b.y), fmaf(a.y, b.x, -a.x * b.y)};
 }
 
-// v[i] = p[at + n + i] for n + i < length, else 0.
+// Eight samples p[at + n ..], zero from `length` on. kWide: fp32 is possible; without it the code is half as long.
+template <bool kWide>
 __device__ __forceinline__ void load8(float (&v)[8], const void* p, int64_t at, int n, const RowArgs& a) {
   const int count = min(8, a.length - n);
   at += n;
-#pragma unroll
-  for (int i = 0; i < 8; ++i) v[i] = 0.0f;
-  if (a.type == DType::f32) {
+  if (kWide && a.type == DType::f32) {
     const float* const x = static_cast<const float*>(p) + at;
-    if (a.aligned && count == 8) {
-      const float4 low = reinterpret_cast<const float4*>(x)[0], high = reinterpret_cast<const float4*>(x)[1];
-      v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w, v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
-      return;
-    }
 #pragma unroll
-    for (int i = 0; i < 8; ++i)
-      if (i < count) v[i] = x[i];
+    for (int i = 0; i < 8; ++i) v[i] = i < count ? x[i] : 0.0f;
     return;
+  }
+  const uint16_t* const x = static_cast<const uint16_t*>(p) + at;
+  uint4 w{0, 0, 0, 0};
+  if (a.aligned && count == 8) {
+    w = *reinterpret_cast<const uint4*>(x);
+  } else {
+    if (count > 0) w.x = x[0];
+    if (count > 1) w.x |= uint32_t(x[1]) << 16;
+    if (count > 2) w.y = x[2];
+    if (count > 3) w.y |= uint32_t(x[3]) << 16;
+    if (count > 4) w.z = x[4];
+    if (count > 5) w.z |= uint32_t(x[5]) << 16;
+    if (count > 6) w.w = x[6];
+    if (count > 7) w.w |= uint32_t(x[7]) << 16;
   }
   const bool half = a.type == DType::f16;
-  const uint16_t* const x = static_cast<const uint16_t*>(p) + at;
-  if (a.aligned && count == 8) {
-    const uint4 w = *reinterpret_cast<const uint4*>(x);
-    v[0] = widen(w.x & 0xffffu, half), v[1] = widen(w.x >> 16, half), v[2] = widen(w.y & 0xffffu, half), v[3] = widen(w.y >> 16, half);
-    v[4] = widen(w.z & 0xffffu, half), v[5] = widen(w.z >> 16, half), v[6] = widen(w.w & 0xffffu, half), v[7] = widen(w.w >> 16, half);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i)
-    if (i < count) v[i] = widen(x[i], half);
+  v[0] = widen(w.x & 0xffffu, half), v[1] = widen(w.x >> 16, half), v[2] = widen(w.y & 0xffffu, half), v[3] = widen(w.y >> 16, half);
+  v[4] = widen(w.z & 0xffffu, half), v[5] = widen(w.z >> 16, half), v[6] = widen(w.w & 0xffffu, half), v[7] = widen(w.w >> 16, half);
 }
 
+template <bool kWide>
 __device__ __forceinline__ void store8(void* p, int64_t at, int n, const float (&v)[8], const RowArgs& a) {
   const int count = min(8, a.length - n);
   at += n;
-  if (a.type == DType::f32) {
+  if (kWide && a.type == DType::f32) {
     float* const y = static_cast<float*>(p) + at;
-    if (a.aligned && count == 8) {
-      reinterpret_cast<float4*>(y)[0] = {v[0], v[1], v[2], v[3]};
-      reinterpret_cast<float4*>(y)[1] = {v[4], v[5], v[6], v[7]};
-      return;
-    }
 #pragma unroll
     for (int i = 0; i < 8; ++i)
       if (i < count) y[i] = v[i];
@@ -88,41 +82,43 @@ __device__ __forceinline__ void store8(void* p, int64_t at, int n, const float (
   }
   const bool half = a.type == DType::f16;
   uint16_t* const y = static_cast<uint16_t*>(p) + at;
+  uint32_t w[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) w[i] = narrow(v[2 * i], half) | narrow(v[2 * i + 1], half) << 16;
   if (a.aligned && count == 8) {
-    uint4 w;
-    w.x = narrow(v[0], half) | narrow(v[1], half) << 16, w.y = narrow(v[2], half) | narrow(v[3], half) << 16;
-    w.z = narrow(v[4], half) | narrow(v[5], half) << 16, w.w = narrow(v[6], half) | narrow(v[7], half) << 16;
-    *reinterpret_cast<uint4*>(y) = w;
+    *reinterpret_cast<uint4*>(y) = {w[0], w[1], w[2], w[3]};
     return;
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i)
-    if (i < count) y[i] = uint16_t(narrow(v[i], half));
+    if (i < count) y[i] = uint16_t(w[i / 2] >> 16 * (i % 2));
 }
 
 // Where row r of the call starts.
-__device__ __forceinline__ int64_t row_offset(const RowArgs& a, int64_t row) {
-  return (row % a.batch * a.channels + row / a.batch) * a.length;
+__device__ __forceinline__ int64_t row_offset(const RowArgs& a, int row) {
+  return (int64_t(row % a.batch) * a.channels + row / a.batch) * a.length;
 }
 
+template <bool kWide>
 __device__ __forceinline__ void load_input(float (&v)[8], const RowArgs& a, int64_t offset, int n) {
-  load8(v, a.s.x, offset, n, a);
+  load8<kWide>(v, a.s.x, offset, n, a);
   if (a.s.gate) {
     float g[8];
-    load8(g, a.s.gate, offset, n, a);
+    load8<kWide>(g, a.s.gate, offset, n, a);
 #pragma unroll
     for (int i = 0; i < 8; ++i) v[i] *= g[i];
   }
 }
 
 // y = (c + skip v) out_gate for eight samples from n on.
-__device__ __forceinline__ void finish8(const RowArgs& a, int64_t row, int n, float (&c)[8]) {
+template <bool kWide>
+__device__ __forceinline__ void finish8(const RowArgs& a, int row, int n, float (&c)[8]) {
   if (n >= a.length) return;
   const int64_t offset = row_offset(a, row);
   if (a.s.skip) {
     const float d = a.s.skip[row / a.batch];
     float v[8];
-    load_input(v, a, offset, n);
+    load_input<kWide>(v, a, offset, n);
 #pragma unroll
     for (int i = 0; i < 8; ++i) c[i] = fmaf(d, v[i], c[i]);
   }
@@ -131,14 +127,14 @@ __device__ __forceinline__ void finish8(const RowArgs& a, int64_t row, int n, fl
     if (!a.s.y[out]) continue;
     float y[8];
     if (a.s.out_gate[out]) {
-      load8(y, a.s.out_gate[out], offset, n, a);
+      load8<kWide>(y, a.s.out_gate[out], offset, n, a);
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] *= c[i];
     } else {
 #pragma unroll
       for (int i = 0; i < 8; ++i) y[i] = c[i];
     }
-    store8(a.s.y[out], offset, n, y, a);
+    store8<kWide>(a.s.y[out], offset, n, y, a);
   }
 }
 
