@@ -58,8 +58,8 @@ RowArgs row_args(const Problem& p, const Signals& s) {
   a.length = int(p.length);
   a.rows = int(p.batch * p.channels);
   a.header = p.spec;
-  const float words[7] = {kMagicValue, kVersionValue, kCudaPlan, float(p.n_fft), float(int(p.mode)),
-                          p.scheme == Scheme::automatic ? -1.0f : float(int(p.scheme)), float(p.channels)};
+  const float words[7] = {float(spectrum::kMagic), float(spectrum::kVersion), float(spectrum::kPlanCuda), float(p.n_fft), float(int(p.mode)),
+                          float(int(p.scheme)), float(p.channels)};
   std::copy(words, words + 7, a.expected);
   a.room = int(p.mode == Mode::causal ? p.n_fft - p.length + 1 : p.n_fft);
   return a;
@@ -215,8 +215,8 @@ int prepare(const float* k, int64_t channels, int64_t taps, int64_t n_fft, Mode 
   const Layout at = make_layout(plan, channels);
   const Factors f = plan.factors();
   const bool inside = plan.log_outer == 0;  // the shift belongs to the first stage of all
-  HeaderArgs header{spec, {kMagicValue, kVersionValue, kCudaPlan, float(n_fft), float(int(mode)), float(int(scheme)), float(channels),
-                           float(taps), float(plan.log_m), float(plan.log_outer)},
+  HeaderArgs header{spec, {float(spectrum::kMagic), float(spectrum::kVersion), float(spectrum::kPlanCuda), float(n_fft), float(int(mode)),
+                           float(int(scheme)), float(channels), float(taps), float(plan.m()), float(2 * plan.m())},
                     spec + at.total, code_of(n_fft, mode, scheme)};
   run(header_kernel, grid(1, 64, 1, run.stream), header);
   const auto matrix = [&](int64_t offset, int n, int low, bool shifted, bool inverse, bool right) {
@@ -248,7 +248,7 @@ int prepare(const float* k, int64_t channels, int64_t taps, int64_t n_fft, Mode 
   twiddle(at.w, f.n2, 1, f.n3, 1, f.n2 * f.n3, second);
 
   float2* const z = reinterpret_cast<float2*>(spec + at.spectrum);
-  RingArgs ring{k, nullptr, z, n_fft, taps, plan.m(), mode, 1.0f};
+  RingArgs ring{k, nullptr, z, n_fft, taps, plan.m(), mode, 1.0f, nullptr};
   run.over(ring_kernel, plan.m(), 256, channels, ring);
   transform<false>(run, plan, z, channels);
   Launch each = grid(1, 256, 1, run.stream);
@@ -315,7 +315,7 @@ int filter_gradient(const Problem& p, const void* x, const void* gate, const voi
   transform<true>(run, p.plan, sum, p.channels);
   // Spectra of half rows carry sqrt(2^odd / M) each, those of fp32 rows and the inverse nothing.
   const float scale = half ? 1.0f / float(1 << odd_stages(p.plan)) : 1.0f / float(p.plan.m());
-  const RingArgs ring{nullptr, gk, sum, p.n_fft, taps, p.plan.m(), p.mode, scale};
+  const RingArgs ring{nullptr, gk, sum, p.n_fft, taps, p.plan.m(), p.mode, scale, p.spec};
   run.over(ring_gradient_kernel, taps, 256, p.channels, ring);
   return int(run.error);
 }

@@ -12,8 +12,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "ops/fftconv/cuda_plan.h"
-#include "ops/wq_linear/wq_linear.h"
 
 namespace effk::cuda::fftconv {
 

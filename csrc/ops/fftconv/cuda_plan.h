@@ -15,10 +15,12 @@
 #pragma once
 #include <cstdint>
 
+#include "formats/spectrum.h"
+
 namespace effk::cuda::fftconv {
 
-enum class Mode : int { causal = 0, circular = 1, bidirectional = 2 };
-enum class Scheme : int { automatic = 0, fft = 1, overlap_save = 2, direct = 3 };
+using spectrum::Mode;
+using spectrum::Scheme;
 
 constexpr int kMinLog = 8, kMaxInnerLog = 15, kMaxOuterLog = 8;  // 256 .. 32K points in one kernel, 256 of them outside
 constexpr int kMaxLog = kMaxInnerLog + kMaxOuterLog;             // 8M complex points: n_fft = 2^24
@@ -62,13 +64,7 @@ constexpr int log2_ceil(int64_t n) {
   return log;
 }
 
-// n_fft is 2^a, 3 2^a or 5 2^a in 32 .. 2^24; log_limit: what fits the device's shared memory.
-constexpr bool legal_n_fft(int64_t n) {
-  if (n < 32 || n > (int64_t(1) << 24)) return false;
-  while (n % 2 == 0) n /= 2;
-  return n == 1 || n == 3 || n == 5;
-}
-
+// log_limit: what fits the device's shared memory.
 constexpr Plan make_plan(int64_t n_fft, Mode mode, int log_limit) {
   Plan plan;
   plan.log_m = log2_ceil(n_fft) - (mode == Mode::circular ? 0 : 1);
@@ -89,7 +85,7 @@ struct Layout {
 };
 
 constexpr int kQuarters = 3;  // of a bin, by which all frequencies are shifted
-constexpr int kHeader = 64;
+constexpr int kHeader = spectrum::kHeaderFloats;
 constexpr int64_t matrix_floats(int n) { return n < 16 ? 512 : int64_t(n) * n; }  // re and im, 2 bytes each
 
 // The last few floats are padding, whose number tells what the spectrum was prepared for: a size can be checked without
@@ -141,8 +137,7 @@ constexpr int odd_stages(const Plan& plan) {
 // intermediate passes 2^16 then, because the 2-norm bounds every element of every stage.
 constexpr int target_exponent(const Plan& plan) { return 13 - (plan.log_m + 1) / 2 - odd_stages(plan); }
 
-// Header words, small integers as floats.
-enum HeaderWord { kMagic = 0, kVersion, kDevicePlan, kNfft, kMode, kScheme, kChannels, kTaps, kLogM, kLogOuter };
-constexpr float kMagicValue = 61695.0f, kVersionValue = 1.0f, kCudaPlan = 2.0f;
+// Words of the header, formats/spectrum.h's with a plan of their own: a spectrum of one device is refused by the other.
+enum HeaderWord { kMagic = 0, kVersion, kDevicePlan, kNfft, kMode, kScheme, kChannels, kTaps, kPoints, kStride, kHeaderWords };
 
 }  // namespace effk::cuda::fftconv

@@ -15,7 +15,7 @@ struct RowArgs {
   int batch, channels, length;
   int first_row, rows;
   const float* header;  // of the spectrum
-  float expected[7];    // words kMagic .. kChannels as they must be; scheme < 0: any
+  float expected[7];    // words kMagic .. kChannels as they must be; scheme 0, automatic: any
   int room;             // taps that the length leaves room for
 };
 
@@ -142,7 +142,7 @@ __device__ __forceinline__ void finish8(const RowArgs& a, int row, int n, float 
 __device__ __forceinline__ float verdict(const RowArgs& a) {
   bool ok = true;
 #pragma unroll
-  for (int i = 0; i < 7; ++i) ok = ok && (a.header[i] == a.expected[i] || (i == kScheme && a.expected[i] < 0.0f));
+  for (int i = 0; i < 7; ++i) ok = ok && (a.header[i] == a.expected[i] || (i == kScheme && a.expected[i] <= 0.0f));
   ok = ok && a.header[kTaps] <= float(a.room);
   return ok ? 1.0f : __uint_as_float(0x7fc00000u);
 }

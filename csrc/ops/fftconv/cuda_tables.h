@@ -66,13 +66,13 @@ __global__ void __launch_bounds__(256) twiddle_kernel(const TwiddleArgs p) {
   p.out[i] = {float(w.x), float(w.y)};
 }
 
-struct HeaderArgs { float* header; float words[kLogOuter + 1]; float* tail; int padding; };
+struct HeaderArgs { float* header; float words[kHeaderWords]; float* tail; int padding; };
 
 __global__ void __launch_bounds__(64) header_kernel(const HeaderArgs p) {
   const int i = threadIdx.x;
   p.header[i] = 0.0f;
 #pragma unroll
-  for (int word = 0; word <= kLogOuter; ++word)
+  for (int word = 0; word < kHeaderWords; ++word)
     if (i == word) p.header[i] = p.words[word];
   if (i < p.padding) p.tail[i] = 0.0f;
 }
@@ -84,6 +84,7 @@ struct RingArgs {
   int64_t n_fft, taps, m;
   Mode mode;
   float scale;
+  const float* header;  // backward: of the spectrum, whose taps must be these
 };
 
 // The tap that ring coefficient j of 2 m holds, with its sign; -1: none.
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(256) ring_gradient_kernel(const RingArgs p) {
   if (p.mode != Mode::bidirectional || tap < p.n_fft / 2) sum = ring_coefficient(p, tap);
   if ((p.mode == Mode::circular && tap > 0) || (p.mode == Mode::bidirectional && tap >= p.n_fft / 2))
     sum -= ring_coefficient(p, 2 * p.m - p.n_fft + tap);
-  p.gk[blockIdx.y * p.taps + tap] = sum;
+  p.gk[blockIdx.y * p.taps + tap] = p.header[kTaps] == float(p.taps) ? sum : __uint_as_float(0x7fc00000u);
 }
 
 // One block a channel: scale[h] = 2^e with the largest coefficient in [1, 2) after the division.
