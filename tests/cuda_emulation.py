@@ -18,6 +18,7 @@ ORDERS = ("fwd", "rev", "7")  # of lanes, warps and blocks: see csrc/emu/cuemu.h
 WIDTHS = (2, 3, 4, 8)
 SANITIZE = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 OP = "csrc/ops/wq_linear"
+FFTCONV = "csrc/ops/fftconv"
 TIME_LIMIT_S = 120  # of one run of a program: a kernel that hangs is a failure
 
 
@@ -59,7 +60,7 @@ class Build:
         takes precedence when it is compiled ``anew``."""
         if self.base and not anew:
             return self.base.object(source)
-        target = self.folder / (Path(source).name + ".o")
+        target = self.folder / (source.replace("/", "_") + ".o")
         if not anew and target.exists():
             return target
         copy = self.folder / source
@@ -90,6 +91,13 @@ class Build:
         changed = set(changed)
         objects = [self.object(source, anew=source in changed) for source in sources]
         return self.link("driver", objects)
+
+    def fftconv_driver(self, changed: Iterable[str] = ()) -> Path:
+        """tests/cuda/driver_fftconv.cpp; ``changed`` files are compiled anew."""
+        sources = [f"{FFTCONV}/{name}.cu" for name in ("cuda", "cuda_mma_small", "cuda_mma_large")]
+        sources += ["csrc/emu/cuemu.cpp", "tests/cuda/driver_fftconv.cpp"]
+        changed = set(changed)
+        return self.link("driver_fftconv", [self.object(source, anew=source in changed) for source in sources])
 
     def program(self, source: str) -> Path:
         """A program of one file and the emulation."""

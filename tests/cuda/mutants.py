@@ -16,9 +16,12 @@ from functools import cache
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
-from cuda_emulation import OP, ORDERS, ROOT, SANITIZE, Build, CompileError, missing, run  # noqa: E402
+from cuda_emulation import FFTCONV, OP, ORDERS, ROOT, SANITIZE, Build, CompileError, missing, run  # noqa: E402
 
 MMA, DECODE, CUDA = f"{OP}/cuda_mma.h", f"{OP}/cuda_decode.h", f"{OP}/cuda.cu"
+FUSED, OUTER, FFT32, TABLES, ROWS, FFT = (
+    f"{FFTCONV}/{name}" for name in ("cuda_mma.h", "cuda_outer.h", "cuda_fft32.h", "cuda_tables.h", "cuda_rows.h", "cuda.cu")
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,16 @@ class Mutant:
     ci: bool = False
 
     @property
+    def fftconv(self) -> bool:
+        """Whether it is that op's; its driver has no widths."""
+        return self.file.startswith(FFTCONV)
+
+    @property
     def changed(self) -> list[str]:
         """The sources that contain the file."""
+        if self.fftconv:
+            fused = [f"{FFTCONV}/cuda_mma_small.cu", f"{FFTCONV}/cuda_mma_large.cu"]
+            return [*fused, FFT] if self.file in (FUSED, ROWS) else [FFT]
         kernels = f"{OP}/cuda_mma_{self.bits}.cu"
         return {MMA: [kernels], DECODE: [kernels, CUDA], CUDA: [CUDA]}[self.file]
 
@@ -96,6 +107,43 @@ MUTANTS = [
     Mutant("dequantise: wide stores to rows off alignment", CUDA, "k0 + 8 <= w.k && w.k % 8 == 0;", "k0 + 8 <= w.k;", sanitized=True),
     Mutant("dequantise: one group for all of K", CUDA, "group = w.group ? k0 / w.group : 0;", "group = 0;"),
     Mutant("dequantise: every 33rd outlier left out", CUDA, "j < end; j += 32) {", "j < end; j += 33) {"),
+    # fftconv: barriers and what lies where
+    Mutant("fftconv: no barrier after the rows", FUSED, "  }\n  __syncthreads();\n  if constexpr (S::n1 > 1) {\n    strips<S, false>", "  }\n  if constexpr (S::n1 > 1) {\n    strips<S, false>"),
+    Mutant("fftconv: no barrier between strips and tiles", FUSED, "    strips<S, false>(planes, p, rows);\n    __syncthreads();", "    strips<S, false>(planes, p, rows);", ci=True),
+    Mutant("fftconv: no barrier between tiles and strips", FUSED, "  if (p.spectra) return;\n  __syncthreads();\n  if constexpr", "  if (p.spectra) return;\n  if constexpr"),
+    Mutant("fftconv: no barrier before the results", FUSED, "    strips<S, true>(planes, p, rows);\n    __syncthreads();", "    strips<S, true>(planes, p, rows);"),
+    Mutant("fftconv: no barrier before the largest of a row", FUSED, "shared[warp] = largest;\n    __syncthreads();", "shared[warp] = largest;"),
+    Mutant("fftconv: swizzle that is not linear in its high bits", FUSED, "(chunk >> 3 ^ chunk >> 6 ^ chunk >> 9)", "(chunk + (chunk >> 3))"),
+    Mutant("fftconv: shared memory 64 bytes short", FUSED, "at.smem = S::points * 4 + kReduceBytes;", "at.smem = S::points * 4 + kReduceBytes - 64;", sanitized=True),
+    Mutant("fftconv: outer strip one plane short", FFT, "at.smem = size_t(2 + o.parts) *", "at.smem = size_t(1 + o.parts) *", sanitized=True),
+    Mutant("fftconv: no barrier after an outer strip", OUTER, "    }\n  __syncthreads();\n\n  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;\n  const int groups = p.columns / 16, group = warp % groups, step = kOuterThreads / 32 / groups;\n  // Rows", "    }\n\n  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;\n  const int groups = p.columns / 16, group = warp % groups, step = kOuterThreads / 32 / groups;\n  // Rows"),
+    # fftconv: signs, twiddles, halves
+    Mutant("fftconv: sign of the imaginary parts", FUSED, "negated[i] = (inverse ? re[k][i] : im[k][i]) ^ kSigns", "negated[i] = (inverse ? re[k][i] : im[k][i])"),
+    Mutant("fftconv: halves of an operand swapped", FUSED, "xre[kTiles2 - 1][kTiles3 - 1][2 * n + half] =", "xre[kTiles2 - 1][kTiles3 - 1][n + 2 * half] ="),
+    Mutant("fftconv: twiddle not conjugated on the way back", FUSED, "a = multiply_conj(a, multiply(u, {v.x, v.y}));", "a = multiply(a, multiply(u, {v.x, v.y}));", ci=True),
+    Mutant("fftconv: columns of the second half of a split stage", FUSED, "+ (S::split ? half * kRows2 : 0)", ""),
+    Mutant("fftconv: imaginary rows dropped", FUSED, "      if (kInverse || p.parts == 2) ptx::ldmatrix_x4_trans(im[k], at + kPlane);", "      if (kInverse || p.parts == 2) ptx::ldmatrix_x4_trans(im[k], at);"),
+    Mutant("fftconv: spectrum of the first channel", FUSED, "(p.r.first_row + (block >> p.log_outer)) / p.r.batch", "p.r.first_row / p.r.batch"),
+    Mutant("fftconv: correlation taken for convolution", FFT, "f.direction = correlate ? -1.0f : 1.0f;", "f.direction = 1.0f;"),
+    Mutant("fftconv: scale of the neighbouring row", FUSED, "shared[S::warps + row_in_block];", "shared[S::warps + row_in_block / 2];"),
+    Mutant("fftconv: largest of the block instead of the row", FUSED, "S::row_threads < 32 ? S::row_threads : 32, kRowWarps", "32, kRowWarps"),
+    Mutant("fftconv: rows scaled into overflow", ROWS, "target - (biased - 127)", "target + 12 - (biased - 127)"),
+    Mutant("fftconv: shift of the ring", FFT, "const bool inside = plan.log_outer == 0;", "const bool inside = true;"),
+    Mutant("fftconv: order of outer frequencies", TABLES, "return i / low + n / low * (i % low);", "return i;"),
+    Mutant("fftconv: taps of negative lags keep their sign", TABLES, "    sign = -1.0f;", "    sign = 1.0f;"),
+    Mutant("fftconv: gradient of one period only", TABLES, "    sum -= ring_coefficient", "    sum -= 0.0f * ring_coefficient"),
+    Mutant("fftconv: butterflies without the shift", FFT32, "const int shift = p.shifted ? kQuarters : 0", "const int shift = 0"),
+    # fftconv: guards and sums
+    Mutant("fftconv: samples beyond L not masked", ROWS, "const int count = min(8, a.length - n);\n  at += n;\n  if (kWide && a.type == DType::f32) {\n    const float* const x", "const int count = 8;\n  at += n;\n  if (kWide && a.type == DType::f32) {\n    const float* const x", sanitized=True),
+    Mutant("fftconv: results beyond L stored", ROWS, "const int count = min(8, a.length - n);\n  at += n;\n  if (kWide && a.type == DType::f32) {\n    float* const y", "const int count = 8;\n  at += n;\n  if (kWide && a.type == DType::f32) {\n    float* const y", sanitized=True),
+    Mutant("fftconv: rows off alignment read as if on it", FFT, "a.aligned = a.aligned && aligned(q);", "a.aligned = a.aligned || aligned(q);", sanitized=True),
+    Mutant("fftconv: rows of the last block not guarded", FUSED, "min(S::rows, (p.r.rows << p.log_outer) - first)", "S::rows", sanitized=True),
+    Mutant("fftconv: sum of a channel starts again", FFT32, "if (begin > h * p.batch) sum = ", "if (false) sum = "),
+    Mutant("fftconv: batch entry left out of a sum", FFT32, "for (int64_t row = begin; row < end; ++row) {", "for (int64_t row = begin; row < end - (end - begin > 2); ++row) {", ci=True),
+    Mutant("fftconv: skip of the first channel", ROWS, "a.s.skip[row / a.batch]", "a.s.skip[0]"),
+    Mutant("fftconv: half of a row in its dot product", FFT32, "  sum = block_sum(sum, shared);", "  if (threadIdx.x % 2) sum = 0.0f;\n  sum = block_sum(sum, shared);"),
+    Mutant("fftconv: largest of a part of the row", OUTER, "n < p.length; n += gridDim.x", "n < p.length / 2; n += gridDim.x"),
+    Mutant("fftconv: rows of zeros multiplied away", OUTER, "/ int64_t(p.inner)) + 15) / 16;", "/ int64_t(p.inner))) / 16;"),
 ]  # fmt: skip
 
 
@@ -107,7 +155,13 @@ def originals(folder: Path, sanitized: bool) -> Build:
 
 def prepare(folder: Path, mutants: list[Mutant]) -> str:
     """Builds and runs what the mutants stem from; says what failed, or nothing."""
-    for bits, sanitized in sorted({(m.bits, m.sanitized) for m in mutants}):
+    if any(m.fftconv for m in mutants):
+        for sanitized in sorted({m.sanitized for m in mutants if m.fftconv}):
+            program = originals(folder, sanitized).fftconv_driver()
+            for order in ORDERS:
+                if (result := run(program, "quick", order=order)).returncode != 0:
+                    return f"fftconv without a planted bug, order {order}:\n{result.stdout}{result.stderr}"
+    for bits, sanitized in sorted({(m.bits, m.sanitized) for m in mutants if not m.fftconv}):
         program = originals(folder, sanitized).driver([bits])
         for order in ORDERS:
             if (result := run(program, bits, order=order)).returncode != 0:
@@ -128,8 +182,10 @@ def plant(folder: Path, mutant: Mutant) -> str:
         copy.parent.mkdir(parents=True)
         copy.write_text(text.replace(mutant.old, mutant.new))
         base = originals(folder, mutant.sanitized)
-        program = Build(place, base.flags, base).driver([mutant.bits], mutant.changed)
-        return " ".join(order for order in ORDERS if run(program, mutant.bits, order=order).returncode != 0)
+        build = Build(place, base.flags, base)
+        program = build.fftconv_driver(mutant.changed) if mutant.fftconv else build.driver([mutant.bits], mutant.changed)
+        cases = "quick" if mutant.fftconv else mutant.bits
+        return " ".join(order for order in ORDERS if run(program, cases, order=order).returncode != 0)
     finally:
         shutil.rmtree(place)
 

@@ -90,11 +90,11 @@ constexpr int64_t matrix_floats(int n) { return n < 16 ? 512 : int64_t(n) * n; }
 
 // The last few floats are padding, whose number tells what the spectrum was prepared for: a size can be checked without
 // waiting for the device, a header cannot.
-constexpr int kCodes = 3 * 4 * 3;
 constexpr int code_of(int64_t n_fft, Mode mode, Scheme scheme) {
   int64_t odd = n_fft;
   while (odd % 2 == 0) odd /= 2;
-  return (int(mode) * 4 + int(scheme)) * 3 + (odd == 1 ? 0 : odd == 3 ? 1 : 2);
+  const int log = log2_ceil(n_fft) - (mode == Mode::circular ? 0 : 1), promoted = log < kMinLog ? kMinLog - log : 0;
+  return ((promoted * 3 + int(mode)) * 4 + int(scheme)) * 3 + (odd == 1 ? 0 : odd == 3 ? 1 : 2);
 }
 
 constexpr Layout make_layout(const Plan& plan, int64_t channels) {

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(64) header_kernel(const HeaderArgs p) {
 #pragma unroll
   for (int word = 0; word < kHeaderWords; ++word)
     if (i == word) p.header[i] = p.words[word];
-  if (i < p.padding) p.tail[i] = 0.0f;
+  for (int j = i; j < p.padding; j += kHeader) p.tail[j] = 0.0f;
 }
 
 struct RingArgs {

@@ -162,6 +162,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy_t, 
   return {gu, gk, gpre, gpost, gskip};
 }
 
+[[noreturn]] void only_on_cpu(const Arg& arg, const Tensor& t) {
+  arg.fail("a tensor on cpu, because decoding is not on CUDA yet", View(t).text());
+}
+Tensor decode_prepare(const Tensor& k, int64_t) { only_on_cpu(Arg{"fftconv_decode_prepare", "k"}, k); }
+Tensor decode_step(const Tensor& x_t, const Tensor&, const Tensor&, const Tensor&, std::vector<Tensor>, int64_t) {
+  only_on_cpu(Arg{"fftconv_decode_step", "x_t"}, x_t);
+}
+
 }  // namespace
 }  // namespace effk::binding
 
@@ -174,4 +182,6 @@ STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
   m.impl("fftconv_prepare", TORCH_BOX(&prepare));
   m.impl("fftconv", TORCH_BOX(&forward));
   m.impl("fftconv_backward", TORCH_BOX(&backward));
+  m.impl("fftconv_decode_prepare", TORCH_BOX(&decode_prepare));
+  m.impl("fftconv_decode_step", TORCH_BOX(&decode_step));
 }
