@@ -215,6 +215,33 @@ def bars(bench: dict[str, object]) -> list[str]:
     return lines
 
 
+# Of torch.fft's route, in the published setting (gated, fp16, L = FFT size): this and a filter of that length.
+FFTCONV_BARS = {
+    256: 5.0,
+    1024: 7.93,
+    4096: 5.0,
+    8192: 5.0,
+    16384: 2.5,
+    32768: 2.5,
+    1 << 20: 1.4,
+    1 << 21: 1.4,
+    1 << 22: 1.4,
+}
+
+
+def fftconv_bars(bench: dict[str, object]) -> list[str]:
+    """The same for fftconv."""
+    lines = []
+    for row in bench["rows"]:
+        bar = FFTCONV_BARS.get(row["shape"]["L"])
+        if row["case"] == "gated circular" and row["dtype"] == "float16" and bar:
+            verdict = "met   " if row["vs_best"] >= bar else "MISSED"
+            lines.append(f"{verdict}  fftconv, L {row['shape']['L']}: {row['vs_best']:.2f} times torch.fft, bar {bar}")
+    worst = max((r["match"] for r in bench["rows"] if r["match"] is not None), default=0.0)
+    lines.append(f"{'met   ' if worst <= 1.0 else 'MISSED'}  fftconv, largest error over its bound: {worst:.3f}")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=BUILD / "results", help="folder for the results")
@@ -242,6 +269,11 @@ def main() -> int:
         120,
     )
     check.run(
+        "build_driver_fftconv",
+        [nvcc(check, "driver_fftconv", "tests/cuda/driver_fftconv.cpp", libraries=[kernels])],
+        120,
+    )
+    check.run(
         "primitives",
         [nvcc(check, "primitives", "tests/cuda/primitives.cu"), [str(BUILD / "primitives")]],
         60,
@@ -249,19 +281,40 @@ def main() -> int:
     )
     describe(args.out / "primitives.txt", info)
     check.run("driver", [[str(BUILD / "driver")]], 60)
+    check.run("driver_fftconv", [[str(BUILD / "driver_fftconv")]], 60)
     if args.lab:
         check.run("lab", [nvcc(check, "lab", "bench/lab/cuda_wq_linear.cu"), [str(BUILD / "lab")]], 150)
+        lab = nvcc(check, "lab_fftconv", "bench/lab/cuda_fftconv.cu", libraries=[kernels])
+        check.run("lab_fftconv", [lab, [str(BUILD / "lab_fftconv")]], 120)
     check.run("tests", [[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda"]], 120)
     bench_ok = check.run(
         "bench",
         [[sys.executable, "tools/gpu_bench.py", str(args.out / "bench.json"), *(["--quick"] if args.quick else [])]],
         180,
     )
+    fftconv_ok = check.run(
+        "bench_fftconv",
+        [
+            [
+                sys.executable,
+                "tools/gpu_bench_fftconv.py",
+                str(args.out / "bench_fftconv.json"),
+                *(["--quick"] if args.quick else []),
+            ]
+        ],
+        120,
+    )
     if sanitizer := shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer"):
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
             check.run(
                 f"sanitizer_{tool}",
                 [[sanitizer, "--tool", tool, "--error-exitcode", "3", str(BUILD / "driver"), "4"]],
+                60,
+            )
+            program = str(BUILD / "driver_fftconv")
+            check.run(
+                f"sanitizer_{tool}_fftconv",
+                [[sanitizer, "--tool", tool, "--error-exitcode", "3", program, "quick"]],
                 60,
             )
     else:
@@ -276,6 +329,10 @@ def main() -> int:
         bench = json.loads((args.out / "bench.json").read_text())
         report["bars"] = bars(bench)
         sections += ["\n".join(report["bars"]), (args.out / "bench.log").read_text()]
+    if fftconv_ok:
+        lines = fftconv_bars(json.loads((args.out / "bench_fftconv.json").read_text()))
+        report["bars"] = [*report.get("bars", []), *lines]
+        sections += ["\n".join(lines), (args.out / "bench_fftconv.log").read_text()]
     for step in check.steps:
         if step["verdict"] not in ("ok", "skipped"):
             sections.append(f"---- {step['step']}: {step['verdict']}\n{check.tail(str(step['step']), 40)}")

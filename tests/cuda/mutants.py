@@ -20,7 +20,8 @@ from cuda_emulation import FFTCONV, OP, ORDERS, ROOT, SANITIZE, Build, CompileEr
 
 MMA, DECODE, CUDA = f"{OP}/cuda_mma.h", f"{OP}/cuda_decode.h", f"{OP}/cuda.cu"
 FUSED, OUTER, FFT32, TABLES, ROWS, FFT = (
-    f"{FFTCONV}/{name}" for name in ("cuda_mma.h", "cuda_outer.h", "cuda_fft32.h", "cuda_tables.h", "cuda_rows.h", "cuda.cu")
+    f"{FFTCONV}/{name}"
+    for name in ("cuda_mma.h", "cuda_outer.h", "cuda_fft32.h", "cuda_tables.h", "cuda_rows.h", "cuda.cu")
 )
 
 
@@ -183,7 +184,9 @@ def plant(folder: Path, mutant: Mutant) -> str:
         copy.write_text(text.replace(mutant.old, mutant.new))
         base = originals(folder, mutant.sanitized)
         build = Build(place, base.flags, base)
-        program = build.fftconv_driver(mutant.changed) if mutant.fftconv else build.driver([mutant.bits], mutant.changed)
+        program = (
+            build.fftconv_driver(mutant.changed) if mutant.fftconv else build.driver([mutant.bits], mutant.changed)
+        )
         cases = "quick" if mutant.fftconv else mutant.bits
         return " ".join(order for order in ORDERS if run(program, cases, order=order).returncode != 0)
     finally:

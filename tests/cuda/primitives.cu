@@ -93,6 +93,8 @@ __global__ void copies(const uint32_t* in, uint32_t* out) {
   __syncwarp();
   for (int i = 0; i < 8; ++i) out[lane * 8 + i] = reinterpret_cast<const uint32_t*>(smem)[(i / 4) * 128 + (lane ^ 3) * 4 + i % 4];
 }
+__global__ void lanes(const uint32_t* in, uint32_t* out) { out[threadIdx.x] = in[ptx::lane_id()]; }
+
 // Two blocks of a cluster read each other's shared memory. Needs compute capability 9.0.
 __global__ void cluster(const uint32_t* in, uint32_t* out) {
   EFFK_DYN_SMEM(smem);
@@ -177,6 +179,7 @@ int main() {
   print("bits", run(bits, random_words(kLanes * 3, 9), kLanes * 6));
   print("fma_f16", run(fma16, numbers(kLanes * 3, 10, false, false), kLanes * 2));
   print("fma_bf16", run(fma16, numbers(kLanes * 3, 11, true, false), kLanes * 2));
+  print("lanes", run(lanes, random_words(kLanes, 14), kLanes));
   print("cp_async", run(copies, random_words(kLanes * 4, 12), kLanes * 8));
   print("cluster", run(cluster, random_words(kLanes * 2, 13), kLanes * 2, 2));
   return 0;

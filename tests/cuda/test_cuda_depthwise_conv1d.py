@@ -56,7 +56,11 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 def check(got: Tensor, expected: Tensor, magnitude: Tensor, terms: int, text: str) -> None:
     """fp32 sums of ``terms`` products and one rounding to the type of the result; silu and its slope keep errors small."""
-    bound = (terms + 8) * 2.0**-23 * magnitude + EPSILON[got.dtype] * expected.abs() + (2.0**-24 if got.dtype == torch.float16 else 1e-30)
+    bound = (
+        (terms + 8) * 2.0**-23 * magnitude
+        + EPSILON[got.dtype] * expected.abs()
+        + (2.0**-24 if got.dtype == torch.float16 else 1e-30)
+    )
     excess = ((got.double() - expected).abs() / bound).max().item()
     assert excess <= 1.0, f"{text}: {excess:.2f} times the bound"
 
@@ -67,7 +71,9 @@ def test_matches_reference(backend: Backend, layout: str) -> None:
     for seed, (length, taps, left, right, batch, channels) in enumerate(SHAPES):
         for act in dw.ACTS:
             dtype, g = next(types), torch.Generator().manual_seed(seed)
-            x = torch.randn((batch, channels, length) if layout == "bhl" else (batch, length, channels), generator=g).to(dtype)
+            x = torch.randn(
+                (batch, channels, length) if layout == "bhl" else (batch, length, channels), generator=g
+            ).to(dtype)
             w = torch.randn(channels, taps, generator=g).to(dtype if seed % 2 else torch.float32)
             bias = torch.randn(channels, generator=g).to(w.dtype) if seed % 3 else None
             text = f"{layout} {act} {dtype} L {length} K {taps} pad {left} {right} B {batch} H {channels}"

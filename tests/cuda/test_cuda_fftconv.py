@@ -136,7 +136,14 @@ def test_one_kernel(backend: Backend, points: int) -> None:
     for i, mode in enumerate(modes):
         for dtype in DTYPES if points <= 1024 or ALL else (DTYPES[(i + SINGLE_KERNEL.index(points)) % 2],):
             length, taps, n_fft = sizes_of(mode, points)
-            case = Case((3 if points <= 512 else 1, 2 if points <= 4096 else 1, length), taps, n_fft, mode, dtype, "pre post skip")
+            case = Case(
+                (3 if points <= 512 else 1, 2 if points <= 4096 else 1, length),
+                taps,
+                n_fft,
+                mode,
+                dtype,
+                "pre post skip",
+            )
             case.check(backend(case))
 
 
@@ -191,7 +198,9 @@ def test_impulses(backend: Backend) -> None:
         case = Case((1, 1, 600), 600, 2048, dtype=dtype)
         case.u = u.to(dtype)
         y = backend(case)
-        assert torch.allclose(y[0, 0, :100].float(), torch.zeros(100), atol=4 * BOUND[dtype] * case.k.abs().max().item())
+        assert torch.allclose(
+            y[0, 0, :100].float(), torch.zeros(100), atol=4 * BOUND[dtype] * case.k.abs().max().item()
+        )
         case.check(y)
         case = Case((1, 1, 600), 1, 1024, dtype=dtype)
         case.k = torch.ones(1, 1)
@@ -264,7 +273,9 @@ def test_backward(backend: Backend, dtype: torch.dtype) -> None:
         case = Case(shape, taps, n_fft, mode, dtype, gates, seed)
         gy = torch.randn(shape, generator=torch.Generator().manual_seed(99)).to(dtype)
         expected = fftconv.reference_backward(gy, *case.tensors, mode=mode)
-        for name, got, want in zip(("u", "k", "pregate", "postgate", "skip"), backend.backward(case, gy), expected, strict=True):
+        for name, got, want in zip(
+            ("u", "k", "pregate", "postgate", "skip"), backend.backward(case, gy), expected, strict=True
+        ):
             if want is None:
                 assert got.numel() == 0
             elif name == "skip":  # fp32 sums of products of both signs: 2^-24 of the sum of magnitudes, a few times
@@ -353,14 +364,20 @@ def test_what_cannot_be_checked_is_nan(backend: Backend) -> None:
         spec = torch.zeros_like(spec)
         assert torch.isnan(backend.ops.fftconv(x, spec, None, None, None, 128, "causal", "auto")).all()
     spec = backend.prepare(torch.randn(2, 20), 128)
-    grads = backend.ops.fftconv_backward(u, u, spec, None, None, None, 128, 21, "causal", "auto", [False, True, False, False, False])
+    grads = backend.ops.fftconv_backward(
+        u, u, spec, None, None, None, 128, 21, "causal", "auto", [False, True, False, False, False]
+    )
     assert torch.isnan(grads[1]).all()
 
 
 def test_decoding_is_not_there_yet(backend: Backend) -> None:
     k, x = torch.randn(2, 8, device=backend.device), torch.randn(1, 2, device=backend.device)
     buffer = torch.zeros(1, 2, 16, device=backend.device)
-    with pytest.raises(RuntimeError, match="fftconv_decode_prepare: k: expected a tensor on cpu, because .* not on CUDA yet"):
+    with pytest.raises(
+        RuntimeError, match="fftconv_decode_prepare: k: expected a tensor on cpu, because .* not on CUDA yet"
+    ):
         backend.ops.fftconv_decode_prepare(k, 128)
-    with pytest.raises(RuntimeError, match="fftconv_decode_step: x_t: expected a tensor on cpu, because .* not on CUDA yet"):
+    with pytest.raises(
+        RuntimeError, match="fftconv_decode_step: x_t: expected a tensor on cpu, because .* not on CUDA yet"
+    ):
         backend.ops.fftconv_decode_step(x, buffer, buffer.clone(), k, [], 0)

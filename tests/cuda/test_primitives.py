@@ -20,7 +20,7 @@ if more := os.environ.get("EFFK_TEST_PRIMITIVES"):
     GOLDEN.append(Path(more))
 NAMES = (
     "mma_f16_integers", "mma_bf16_integers", "mma_f16", "mma_bf16", "mma_s8", "ldmatrix", "ldmatrix_trans", "shuffles",
-    "bits", "fma_f16", "fma_bf16", "cp_async", "cluster",
+    "bits", "fma_f16", "fma_bf16", "lanes", "cp_async", "cluster",
 )  # fmt: skip
 # Tensor cores add the 16 products and the sum they continue in an order and with a width of their own. The numbers lie below
 # 4 in size, so that no partial sum exceeds 16 * 16 + 32; each of 17 additions may cut 2^-23 of that.

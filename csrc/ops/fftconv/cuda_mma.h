@@ -236,7 +236,9 @@ __device__ __forceinline__ void tile(unsigned char* planes, const FusedArgs& p, 
   for (int m = 0; m < kTiles2; ++m) {
     const int row2 = 16 * m + g;
     // Blocks of m bins before this one's.
-    const int64_t bins = (int64_t((p.r.first_row + (block >> p.log_outer)) / p.r.batch) << p.log_outer) + (block & ((1 << p.log_outer) - 1));
+    const int64_t bins = (int64_t((p.r.first_row + (block >> p.log_outer)) / p.r.batch) << p.log_outer) +
+                         (block & ((1 << p.log_outer) - 1));
+    const float4* const filter = reinterpret_cast<const float4*>(p.tables + p.at.spectrum + 2 * (bins * S::m + k1 * (S::n2 * S::n3)));
     float zre[2][4], zim[2][4];
     // 16 columns of a product with F, or with conj(F), whose imaginary part is negated in the data.
     const auto third = [&](const uint32_t(&re)[kTiles3][4], const uint32_t(&im)[kTiles3][4], int j, bool inverse) {
@@ -275,10 +277,11 @@ __device__ __forceinline__ void tile(unsigned char* planes, const FusedArgs& p, 
         for (int half = 0; half < 2; ++half) {
           const int at = ((row2 + 8 * half) * S::n3 + 16 * j + 8 * n) / 2 + t;
           if (p.spectra) {
-            reinterpret_cast<uint2*>(p.spectra + int64_t(block) * S::m + k1 * (S::n2 * S::n3))[at] = {pack_half(zre[n][2 * half], zim[n][2 * half]), pack_half(zre[n][2 * half + 1], zim[n][2 * half + 1])};
+            reinterpret_cast<uint2*>(p.spectra + int64_t(block) * S::m + k1 * (S::n2 * S::n3))[at] = {
+                pack_half(zre[n][2 * half], zim[n][2 * half]), pack_half(zre[n][2 * half + 1], zim[n][2 * half + 1])};
             continue;
           }
-          const float4 k = reinterpret_cast<const float4*>(p.tables + p.at.spectrum + 2 * (bins * S::m + k1 * (S::n2 * S::n3)))[at];
+          const float4 k = filter[at];
           const float2 a = multiply({zre[n][2 * half], zim[n][2 * half]}, {k.x, p.direction * k.y});
           const float2 b = multiply({zre[n][2 * half + 1], zim[n][2 * half + 1]}, {k.z, p.direction * k.w});
           yre[kTiles3 - 1][2 * n + half] = pack_half(a.x, b.x);
