@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant("dequantise: every 33rd outlier left out", CUDA, "j < end; j += 32) {", "j < end; j += 33) {"),
     # fftconv: barriers and what lies where
     Mutant("fftconv: no barrier after the rows", FUSED, "  }\n  __syncthreads();\n  if constexpr (S::n1 > 1) {\n    strips<S, false>", "  }\n  if constexpr (S::n1 > 1) {\n    strips<S, false>"),
-    Mutant("fftconv: no barrier between strips and tiles", FUSED, "    strips<S, false>(planes, p, rows);\n    __syncthreads();", "    strips<S, false>(planes, p, rows);", ci=True),
+    Mutant("fftconv: no barrier between strips and tiles", FUSED, "    strips<S, false>(planes, p, rows);\n    __syncthreads();", "    strips<S, false>(planes, p, rows);"),
     Mutant("fftconv: no barrier between tiles and strips", FUSED, "  if (p.spectra) return;\n  __syncthreads();\n  if constexpr", "  if (p.spectra) return;\n  if constexpr"),
     Mutant("fftconv: no barrier before the results", FUSED, "    strips<S, true>(planes, p, rows);\n    __syncthreads();", "    strips<S, true>(planes, p, rows);"),
     Mutant("fftconv: no barrier before the largest of a row", FUSED, "shared[warp] = largest;\n    __syncthreads();", "shared[warp] = largest;"),

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kChannelThreads, 4) channels_kernel(const Conv
 
 // partial[slice][h][0 .. k] = sums over the slice's batch entries: k taps, then the bias. grid: (channels, groups of taps,
 // slices); in layout blh a block has 32 channels, a warp a moment in time.
-__global__ void __launch_bounds__(kThreads, 4) taps_kernel(const DepthwiseTapsArgs p, float* partial, int slices) {
+__global__ void __launch_bounds__(kThreads, 3) taps_kernel(const DepthwiseTapsArgs p, float* partial, int slices) {
   __shared__ float shared[kTapGroup + 1][kThreads];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t h = p.channels_last ? int64_t(blockIdx.x) * 32 + lane : blockIdx.x, j0 = int64_t(blockIdx.y) * kTapGroup;

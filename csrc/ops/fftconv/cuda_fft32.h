@@ -50,7 +50,7 @@ __device__ __forceinline__ float2 root(int numerator, int denominator) {
 
 // One thread one butterfly. grid: (m / R, rows).
 template <int R, bool kInverse>
-__global__ void __launch_bounds__(128) pass_kernel(const PassArgs p) {
+__global__ void __launch_bounds__(128, 3) pass_kernel(const PassArgs p) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (i >= p.m / R) return;
   const int stride = int(p.n / R), j = int(i % stride);
