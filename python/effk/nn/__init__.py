@@ -1,6 +1,23 @@
-"""Modules that run compressed weights on the kernels: ordinary ``nn.Module`` classes with plain buffers."""
+"""Modules that run compressed weights and long convolutions on the kernels: ordinary ``nn.Module`` classes.
 
+:class:`FFTConvDecoder` is the exception: the state of one decoding, no part of a model.
+"""
+
+from .depthwise_conv1d import DepthwiseConv1d
+from .fftconv import FFTConv, FlashFFTConv
+from .fftconv_decoder import FFTConvDecoder
+from .hyena import HyenaOperator
 from .wq_embedding import WqEmbedding, WqTiedHead
 from .wq_linear import WqLinear, WqMultiLinear
 
-__all__ = ["WqEmbedding", "WqLinear", "WqMultiLinear", "WqTiedHead"]
+__all__ = [
+    "DepthwiseConv1d",
+    "FFTConv",
+    "FFTConvDecoder",
+    "FlashFFTConv",
+    "HyenaOperator",
+    "WqEmbedding",
+    "WqLinear",
+    "WqMultiLinear",
+    "WqTiedHead",
+]

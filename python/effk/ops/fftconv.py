@@ -22,8 +22,8 @@ Operations (library ``effk``):
     fftconv_decode_step(x_t, xbuf, ybuf, k, specs, t) -> y_t                writes xbuf, ybuf
 
 Shapes and dtypes: u, pregate, postgate, y ``(B, H, L)`` of one dtype, fp32, bf16 or fp16, dense; any L >= 1. k
-``(H, K)`` fp32, skip ``(H,)`` fp32. spec: an opaque fp32 buffer that names the n_fft, mode and scheme it was made for; any
-number of calls may share it. n_fft: ``2**a``, ``3 * 2**a`` or ``5 * 2**a``, 32 to ``2**24``. Arithmetic is fp32
+``(H, K)`` fp32, skip ``(H,)`` fp32. spec: an opaque fp32 buffer that names the n_fft, mode and scheme it was made for,
+shared by any number of calls. n_fft: ``2**a``, ``3 * 2**a`` or ``5 * 2**a``, 32 to ``2**24``. Arithmetic is fp32
 whatever the dtype. mask: which of u, k, pregate, postgate, skip need a gradient; the others come back empty. gk and
 gskip are fp32, the rest as u. decode: x_t, y_t ``(B, H)``, xbuf, ybuf ``(B, H, T)``, all fp32; ybuf starts as zero, or
 as the prompt's contribution to each position; ``specs[i]`` has tile ``128 * 2**i``.
@@ -217,7 +217,7 @@ def _taps_of_lags(length: int, taps: int, mode: str) -> tuple[Tensor, Tensor]:
 
 def _period(length: int, taps: int, mode: str) -> int:
     if mode == "causal":
-        return length + taps - 1
+        return 1 << (length + taps - 2).bit_length()  # nothing wraps: any size that is long enough
     return length if mode == "circular" else taps
 
 

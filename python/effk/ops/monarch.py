@@ -109,7 +109,7 @@ def digit_box(factors: Sequence[int], kept: Sequence[int | Iterable[int] | None]
 
 
 def real_weights(box: Tensor, factors: Sequence[int]) -> Tensor:
-    """What a digit box does to real rows: a factor 1, 1/2 (one of f and -f kept) or 0 at each position, float64 ``[N]``.
+    """What a digit box does to real rows: a factor 1, 1/2 (one of f, -f kept) or 0 at each position, float64 ``[N]``.
 
     A box is not conjugate symmetric. The real part of a result whose spectrum was cut to the box is the result for the
     spectrum times these weights, which are symmetric; two real rows in one complex transform would mix without them.
