@@ -81,7 +81,5 @@ def test_backward_of_other_schemes(tier: str, scheme: str) -> None:
 
 
 def test_plan_is_text() -> None:
-    plans = {
-        fc.plan(length, taps, rows=rows) for length, taps, rows in ((100, 8, 1), (1 << 17, 500, 8), (1024, 1024, 1))
-    }
-    assert len(plans) == 3 and all(isinstance(text, str) and text for text in plans)
+    plans = {fc.plan(length, taps) for length, taps in ((100, 8), (1 << 17, 500), (1024, 1024), (1 << 19, 1 << 19))}
+    assert len(plans) == 4 and all(isinstance(text, str) and text for text in plans)

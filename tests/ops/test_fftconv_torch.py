@@ -88,6 +88,13 @@ def test_export_with_any_batch() -> None:
         assert torch.equal(program.module()(u), layer(u))
 
 
+def test_meta_device() -> None:
+    u = torch.empty(2, 3, 40, device="meta")
+    spec = ops.fftconv_prepare(torch.empty(3, 20, device="meta"), 64, "causal", "auto")
+    assert spec.shape == ops.fftconv_prepare(torch.zeros(3, 20), 64, "causal", "auto").shape
+    assert ops.fftconv(u, spec, None, None, None, 64, "causal", "auto").shape == u.shape
+
+
 # ---- gradients --------------------------------------------------------------------------------------------------------
 
 

@@ -27,8 +27,8 @@ from .fftconv_decoder import FFTConvDecoder
 class HyenaFilter(nn.Module):
     """``k[h, t] = exp(-rate[h] t / T) * network(features(t / T))[h] / sqrt(T)``, T = ``max_length``.
 
-    In fp32 whatever the dtype of the module. Computed once per length while gradients are off and no parameter changes, so
-    that the spectrum of the result is kept too.
+    In fp32 whatever the dtype of the module. Computed once per length while gradients are off and no parameter changes,
+    so that the spectrum of the result is kept too.
 
     Features: t / T, and the sine and cosine of ``bands`` frequencies. Rates are fixed, spread geometrically such that
     the windows of the channels fall to 1 % between 0.1 T and 2 T.
@@ -107,10 +107,14 @@ class HyenaOperator(nn.Module):
     def prefill(self, x: Tensor, capacity: int) -> tuple[Tensor, HyenaState]:
         """A prompt ``(B, P, width)``, P >= 0, and the state from which ``capacity`` more positions can be decoded."""
         inputs = self.inputs(x)
-        a, b, v = self.short(inputs).transpose(1, 2).chunk(3, 1)
         decoder = FFTConvDecoder(self.filter(x.shape[1] + capacity), capacity, self.skip)
+        state = HyenaState(self.short.state(inputs), decoder)
+        if x.shape[1] == 0:
+            decoder.start(x.shape[0])
+            return x, state
+        a, b, v = self.short(inputs).transpose(1, 2).chunk(3, 1)
         y = decoder.prefill(v, b, a)
-        return self.outputs(y.transpose(1, 2)), HyenaState(self.short.state(inputs), decoder)
+        return self.outputs(y.transpose(1, 2)), state
 
     @torch.no_grad()
     def step(self, x_t: Tensor, state: HyenaState) -> Tensor:
