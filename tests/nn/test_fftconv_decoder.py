@@ -58,7 +58,9 @@ def test_decoder_operations() -> None:
     assert 8192 * 8193 / spent >= 20
     assert [decoder.operations(t) for t in (0, 1, 2, 3, 8191)] == [4, 10, 4, 34, 2]
     assert decoder.operations(63) == 2 + 2 * 64**2
-    assert decoder.operations(127) == 2 + 2 * (4 * 128 * 7 - 6 * 128 + 8) + 12 * 128
+    for t, points in ((127, 256), (255, 256), (1023, 1024)):
+        levels = points.bit_length() - 1
+        assert decoder.operations(t) == 2 + 2 * (4 * points * levels - 6 * points + 8) + 12 * points
 
 
 def test_decoder_bad_arguments() -> None:

@@ -108,6 +108,18 @@ def test_reference_gradients_by_finite_differences(mode: str, n_fft: int) -> Non
 # ---- forward ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.emulated
+@every_tier
+def test_small(tier: str) -> None:
+    """Every path once, quick enough for an emulated CPU: a transform in one block and in several, modes, schemes, dtypes."""
+    shapes = ((20, 20, "causal", "fft"), (300, 300, "causal", "fft"), (96, 96, "circular", "fft"), (20, 40, "bidirectional", "fft"),
+              (5000, 2000, "causal", "fft"), (300, 70, "causal", "overlap_save"), (100, 9, "causal", "direct"))  # fmt: skip
+    for i, (length, taps, mode, scheme) in enumerate(shapes):
+        p = problem(length, taps, 1, 1, mode=mode, scheme=scheme, dtype=DTYPES[i % 3], parts=("abs", "")[i % 2])
+        check_forward(p)
+        check_backward(p, torch.randn(p.u.shape).to(p.u.dtype))
+
+
 @every_tier
 @pytest.mark.parametrize("n_fft", SIZES)
 def test_causal(tier: str, n_fft: int) -> None:

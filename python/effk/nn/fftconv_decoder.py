@@ -102,9 +102,9 @@ class FFTConvDecoder:
     def operations(self, t: int) -> int:
         """Floating-point operations per channel and sequence that step t spends on the convolution.
 
-        Two for the direct term. A direct tile: ``2 U**2``. An FFT tile, of U complex points (2 U real ones packed): two
-        split-radix transforms of ``4 U log2 U - 6 U + 8``, the twist, the product and the addition, ``12 U``. A direct
-        sum would spend ``2 (t + 1)``.
+        Two for the direct term. A direct tile: ``2 U**2``. An FFT tile, M = max(U, 256) complex points (2 M real ones
+        packed): two split-radix transforms of ``4 M log2 M - 6 M + 8``, and ``12 M`` for twist, product and addition. A
+        direct sum would spend ``2 (t + 1)``.
         """
         s = t + 1
         if s >= self.capacity:
@@ -112,7 +112,8 @@ class FFTConvDecoder:
         u = s & -s
         if u < op.FIRST_FFT_TILE:
             return 2 + 2 * u * u
-        return 2 + 2 * (4 * u * int(math.log2(u)) - 6 * u + 8) + 12 * u
+        points = max(u, op.SMALLEST_TRANSFORM)
+        return 2 + 2 * (4 * points * int(math.log2(points)) - 6 * points + 8) + 12 * points
 
     def _begin(self, y: Tensor) -> None:
         self._y, self._x, self.position = y, torch.zeros_like(y), 0

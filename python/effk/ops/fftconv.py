@@ -59,6 +59,7 @@ MODES = ("causal", "circular", "bidirectional")
 SCHEMES = ("auto", "fft", "overlap_save", "direct")
 MIN_FFT, MAX_FFT = 32, 1 << 24
 FIRST_FFT_TILE = 128  # decoding: smaller tiles are direct sums, and need no spectrum
+SMALLEST_TRANSFORM = 256  # complex points, on the CPU
 
 
 def smallest_size(n: int) -> int:
@@ -254,9 +255,8 @@ def _correlate(g: Tensor, v: Tensor, k: Tensor, mode: str, method: str | None) -
 
 def _size_from_library(name: str, device: torch.device, *arguments: Any) -> Any:
     """How long a spectrum is: the library knows for the CPU; elsewhere, or for symbolic shapes, the run will tell."""
-    known = getattr(_C, name, None)
-    if device.type in ("cpu", "meta") and known is not None and all(isinstance(a, int | str) for a in arguments):
-        return known(*arguments)
+    if device.type in ("cpu", "meta") and all(isinstance(a, int | str) for a in arguments):
+        return getattr(_C, name)(*arguments)
     return torch.library.get_ctx().new_dynamic_size()
 
 
