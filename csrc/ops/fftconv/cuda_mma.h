@@ -10,8 +10,8 @@
 //   stage 1' the strips again, inverse; only the real part                                            in place
 //   store    8 samples a thread: scale, skip, output gates, conversion
 //
-// Bytes and tensor-core flops of a sample, fp16, gated, one row real and half of the first and last products (4 N_1 + 4 N_p
-// + 16 sum of the others), against the published times for B = 64, H = 768 (M = L; H100: 3.35 TB/s, mma.sync near 600 Tflop/s):
+// Tensor-core flops of a sample (8 N_1 for the first factor, whose products are half, and 16 for each of the others) and bytes of a
+// gated call in fp16, against the published times for B = 64, H = 768 (M = L; H100: 3.35 TB/s, mma.sync near 600 Tflop/s):
 //
 //   M            256    1K     4K     8K     16K    32K
 //   flops        384    768    640    768    1024   1280
@@ -68,6 +68,7 @@ __host__ __device__ constexpr int address(int chunk) { return swizzle(chunk) << 
 
 constexpr uint32_t kSigns = 0x80008000u;
 
+// Plain loads, which L1 serves: through __ldg the compiler keeps tables in registers from one use to the next, and spills.
 template <class T>
 __device__ __forceinline__ T table(const float* tables, int64_t offset, int i) {
   return reinterpret_cast<const T*>(tables + offset)[i];
