@@ -257,11 +257,12 @@ def print_run(result: object, console: Console) -> None:
     for note in result.notes:
         console.print(note)
     peaks = ", ".join(f"{what} {figure(max(by.values()), 4)}" for what, by in m.peaks.items())
+    dram, foreign = result.dram or [m.dram_gbps], result.foreign or [0.0]
     console.print(
-        f"{m.cpu}; {m.threads} pinned; DRAM read {figure(statistics.median(result.dram))} GB/s "
-        f"({figure(min(result.dram))}-{figure(max(result.dram))} over the run); peaks GFLOP/s: {peaks}; "
-        f"rotation {m.rotation_bytes >> 20} MiB; foreign CPU median {statistics.median(result.foreign):.1%}, "
-        f"worst block {max(result.foreign):.1%} of a core"
+        f"{m.cpu}; {m.threads} pinned; DRAM read {figure(statistics.median(dram))} GB/s "
+        f"({figure(min(dram))}-{figure(max(dram))} over the run); peaks GFLOP/s: {peaks}; "
+        f"rotation {m.rotation_bytes >> 20} MiB; foreign CPU median {statistics.median(foreign):.1%}, "
+        f"worst block {max(foreign):.1%} of a core"
     )
 
 

@@ -16,13 +16,13 @@ try:
     VERSION = version("torch-fftconv")
 except PackageNotFoundError:
     VERSION = ""
-LONGEST = 1 << 16  # beyond, it takes seconds a call and is never near the others
+LONGEST, LARGEST = 1 << 16, 1 << 24  # taps, elements; beyond, it takes seconds a call and is never near the others
 
 
 def function(problem: Problem, kind: str, threads: int) -> Callable[[int], Tensor] | None:
     """The call; the taps in the order of nn.Conv1d are made beforehand."""
     length = problem.shape.l
-    if kind != UNCACHED or length > LONGEST:
+    if kind != UNCACHED or length > LONGEST or problem.shape.elements > LARGEST:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
