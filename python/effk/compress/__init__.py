@@ -7,7 +7,7 @@ object's class is one that is.)
 Steps of a call, each in its own module: find the layers (``layers``), let the method prepare the model and make a
 plan (``registry``, ``passes``, ``plan``), apply it block by block on calibration data (``apply``, ``calibrate``),
 compress the embedding (``embedding``), let layers over one input share their kernel call (``fuse``), and report
-(``report``).
+(``report``). Recipes for long filters go another way (``filters``).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from ..hub.record import PROVENANCE
 from .apply import apply_plan, model_bytes
 from .calibrate import check_calib
 from .embedding import compress_embedding, find_embedding
+from .filters import FilterHandler, FilterPlan, FilterRecipe, FilterReport, compress_filters, make_filter_plan
 from .fuse import fuse_shared_inputs
 from .layers import Layer, find_layers
 from .plan import LayerPlan, Plan
@@ -32,8 +33,9 @@ from .registry import Context, Handler, Progress, handler_for, recipe_from_json,
 from .report import LayerReport, Report
 
 __all__ = [
-    "Context", "Handler", "Layer", "LayerPlan", "LayerReport", "Plan", "Progress", "Recipe", "Report", "compress",
-    "make_plan", "recipe_from_json", "recipe_types", "register",
+    "Context", "FilterHandler", "FilterPlan", "FilterRecipe", "FilterReport", "Handler", "Layer", "LayerPlan",
+    "LayerReport", "Plan", "Progress", "Recipe", "Report", "compress", "make_plan", "recipe_from_json", "recipe_types",
+    "register",
 ]  # fmt: skip
 
 
@@ -41,14 +43,15 @@ def compress(
     model: nn.Module,
     recipe: Recipe,
     calib: Sequence[Tensor] | None = None,
-    plan: Plan | None = None,
+    plan: Plan | FilterPlan | None = None,
     progress: Progress | None = None,
-) -> Report:
+) -> Report | FilterReport:
     """Compress ``model`` in place.
 
     Args:
         model: any module with ``nn.Linear`` (or GPT-2's ``Conv1D``) layers; methods that calibrate need a decoder of
-            transformers. It is left in evaluation mode.
+            transformers. For a recipe of long filters, a module with :class:`effk.nn.LongFilter` children that takes
+            token ids and gives logits. It is left in evaluation mode.
         recipe: what to do; one of :func:`recipe_types`.
         calib: token ids, each int64 ``[batch, length]``, for methods that calibrate.
         plan: apply this plan, for example an edited one, instead of making one.
@@ -63,10 +66,13 @@ def compress(
             an infeasible budget, weights with NaN or Inf: all before the model is changed. An interruption after that
             leaves a model of which some layers are compressed; it still runs.
     """
+    if isinstance(handler := handler_for(recipe), FilterHandler):
+        _check_plan(recipe, plan)
+        model.eval()
+        return compress_filters(model, recipe, handler, calib or (), plan, progress or silent)
     context, handler, kept = _open(model, recipe, calib, progress)
     before, seconds = model_bytes(model), {}
-    if plan is not None and plan.recipe.get("name") != recipe.name:
-        raise ValueError(f"compress: plan: expected one of recipe {recipe.name!r}, got {plan.recipe.get('name')!r}")
+    _check_plan(recipe, plan)
     bound = None if plan is None else plan.bind(context.layers)
     pair, why = find_embedding(model) if recipe.embedding_bits else (None, "")
     if recipe.embedding_bits and pair is None:
@@ -103,16 +109,27 @@ def compress(
 
 def make_plan(
     model: nn.Module, recipe: Recipe, calib: Sequence[Tensor] | None = None, progress: Progress | None = None
-) -> Plan:
+) -> Plan | FilterPlan:
     """The plan that :func:`compress` would apply. Methods that prepare the model do so here too (same function, other
     weights), so plan and compress the same model object, or load a fresh one for the second step.
 
     Arguments and errors as :func:`compress`.
     """
+    if isinstance(handler := handler_for(recipe), FilterHandler):
+        return make_filter_plan(model, recipe, handler, calib or (), progress or silent)
     context, handler, kept = _open(model, recipe, calib, progress)
     handler.prepare(context, None)
     plan = handler.plan(context).bind(context.layers)
     return Plan(plan.recipe, plan.layers, {**kept, **plan.skipped, **context.skipped}, plan.notes)
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress."""
+
+
+def _check_plan(recipe: Recipe, plan: Plan | FilterPlan | None) -> None:
+    if plan is not None and plan.recipe.get("name") != recipe.name:
+        raise ValueError(f"compress: plan: expected one of recipe {recipe.name!r}, got {plan.recipe.get('name')!r}")
 
 
 def _open(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..formats.wq import WqWeight
 from .calibrate import LayerStats
+from .filters import FilterHandler
 from .layers import Layer
 from .plan import LayerPlan, Plan
 from .recipe import Recipe
@@ -83,13 +84,14 @@ class Handler(ABC):
         """Compress ``weight`` (fp32 ``[N, K]``) as ``entry`` says; ``stats`` is there if ``statistics`` asked."""
 
 
-_HANDLERS: dict[type[Recipe], Handler] = {}
+AnyHandler = Handler | FilterHandler
+_HANDLERS: dict[type[Recipe], AnyHandler] = {}
 
 
-def register(recipe_type: type[Recipe]) -> Callable[[type[Handler]], type[Handler]]:
-    """Class decorator: the handler of recipes of ``recipe_type``."""
+def register(recipe_type: type[Recipe]) -> Callable[[type[AnyHandler]], type[AnyHandler]]:
+    """Class decorator: the handler of recipes of ``recipe_type``, for linear layers or for long filters."""
 
-    def decorate(handler_type: type[Handler]) -> type[Handler]:
+    def decorate(handler_type: type[AnyHandler]) -> type[AnyHandler]:
         if recipe_type in _HANDLERS or any(recipe_type.name == other.name for other in _HANDLERS):
             raise ValueError(f"register: expected a new recipe, got a second handler for {recipe_type.name!r}")
         _HANDLERS[recipe_type] = handler_type()
@@ -98,7 +100,7 @@ def register(recipe_type: type[Recipe]) -> Callable[[type[Handler]], type[Handle
     return decorate
 
 
-def handler_for(recipe: Recipe) -> Handler:
+def handler_for(recipe: Recipe) -> AnyHandler:
     """The handler of a recipe.
 
     Raises:
@@ -128,7 +130,7 @@ def recipe_from_json(record: Mapping[str, Any]) -> Recipe:
     return types[record["name"]].from_json(record)
 
 
-def _methods() -> dict[type[Recipe], Handler]:
+def _methods() -> dict[type[Recipe], AnyHandler]:
     from . import passes
 
     for module in pkgutil.iter_modules(passes.__path__):

@@ -7,15 +7,19 @@ from .depthwise_conv1d import DepthwiseConv1d
 from .fftconv import FFTConv, FlashFFTConv
 from .fftconv_decoder import FFTConvDecoder
 from .hyena import HyenaOperator
+from .long_filter import BandLimitedFilter, ExplicitFilter, LongFilter
 from .wq_embedding import WqEmbedding, WqTiedHead
 from .wq_linear import WqLinear, WqMultiLinear
 
 __all__ = [
+    "BandLimitedFilter",
     "DepthwiseConv1d",
+    "ExplicitFilter",
     "FFTConv",
     "FFTConvDecoder",
     "FlashFFTConv",
     "HyenaOperator",
+    "LongFilter",
     "WqEmbedding",
     "WqLinear",
     "WqMultiLinear",

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from .depthwise_conv1d import DepthwiseConv1d
 from .fftconv import FFTConv
 from .fftconv_decoder import FFTConvDecoder
+from .long_filter import LongFilter
 
 
-class HyenaFilter(nn.Module):
+class HyenaFilter(LongFilter):
     """``k[h, t] = exp(-rate[h] t / T) * network(features(t / T))[h] / sqrt(T)``, T = ``max_length``.
 
     In fp32 whatever the dtype of the module. Computed once per length while gradients are off and no parameter changes,
