@@ -105,32 +105,30 @@ EFFK_INLINE void prefetch(const void*) {}
 EFFK_INLINE void prefetch_write(const void*) {}
 EFFK_INLINE void prefetch_once(const void*) {}
 
-// One native register of floats (see avx512.h); products and sums round apart, a fused one would be a library call.
-struct vr { float v[16]; };
-constexpr int kLanes = 16;
-template <class F> EFFK_INLINE vr make_r(const F& f) { vr r; for (int l = 0; l < 16; ++l) r.v[l] = f(l); return r; }
-EFFK_INLINE vr set_r(float x) { return make_r([=](int) { return x; }); }
-EFFK_INLINE vr load_r(const float* p) { vr r; std::memcpy(r.v, p, 64); return r; }
-EFFK_INLINE void store_r(float* p, vr a) { std::memcpy(p, a.v, 64); }
-EFFK_INLINE vr add_f(vr a, vr b) { return make_r([&](int l) { return a.v[l] + b.v[l]; }); }
-EFFK_INLINE vr sub_f(vr a, vr b) { return make_r([&](int l) { return a.v[l] - b.v[l]; }); }
-EFFK_INLINE vr mul_f(vr a, vr b) { return make_r([&](int l) { return a.v[l] * b.v[l]; }); }
-EFFK_INLINE vr fma(vr a, vr b, vr c) { return make_r([&](int l) { return a.v[l] * b.v[l] + c.v[l]; }); }
-EFFK_INLINE vr fnma(vr a, vr b, vr c) { return make_r([&](int l) { return c.v[l] - a.v[l] * b.v[l]; }); }
-EFFK_INLINE vr fms(vr a, vr b, vr c) { return make_r([&](int l) { return a.v[l] * b.v[l] - c.v[l]; }); }
+// One register of floats (see avx512.h): the compiler's own vectors of 4, on whatever the CPU has. Products and sums round apart,
+// a fused one would be a library call.
+typedef float vr __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+EFFK_INLINE vr set_r(float x) { return vr{} + x; }
+EFFK_INLINE vr load_r(const float* p) { vr r; std::memcpy(&r, p, 16); return r; }
+EFFK_INLINE void store_r(float* p, vr a) { std::memcpy(p, &a, 16); }
+EFFK_INLINE vr add_f(vr a, vr b) { return a + b; }
+EFFK_INLINE vr sub_f(vr a, vr b) { return a - b; }
+EFFK_INLINE vr mul_f(vr a, vr b) { return a * b; }
+EFFK_INLINE vr fma(vr a, vr b, vr c) { return a * b + c; }
+EFFK_INLINE vr fnma(vr a, vr b, vr c) { return c - a * b; }
+EFFK_INLINE vr fms(vr a, vr b, vr c) { return a * b - c; }
 EFFK_INLINE void transpose_quads(vr& r0, vr& r1, vr& r2, vr& r3) {
   vr* const r[4] = {&r0, &r1, &r2, &r3};
-  for (int q = 0; q < 16; q += 4)
-    for (int i = 0; i < 4; ++i)
-      for (int j = 0; j < i; ++j) { const float t = r[i]->v[q + j]; r[i]->v[q + j] = r[j]->v[q + i]; r[j]->v[q + i] = t; }
-}
-EFFK_INLINE void load_columns(const float* rows, int stride, int, int j, vr (&r)[4]) {
   for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 4; ++k) std::memcpy(r[i].v + 4 * k, rows + (4 * k + j) * stride + 4 * i, 16);
+    for (int j = 0; j < i; ++j) { const float t = (*r[i])[j]; (*r[i])[j] = (*r[j])[i]; (*r[j])[i] = t; }
 }
-EFFK_INLINE void store_columns(float* rows, int stride, int, int j, vr (&r)[4]) {
-  for (int i = 0; i < 4; ++i)
-    for (int k = 0; k < 4; ++k) std::memcpy(rows + (4 * k + j) * stride + 4 * i, r[i].v + 4 * k, 16);
+// Column j + 4 i of rows [g, g + 4) is quad i of row g + j.
+EFFK_INLINE void load_columns(const float* rows, int stride, int g, int j, vr (&r)[4]) {
+  for (int i = 0; i < 4; ++i) r[i] = load_r(rows + (g + j) * stride + 4 * i);
+}
+EFFK_INLINE void store_columns(float* rows, int stride, int g, int j, vr (&r)[4]) {
+  for (int i = 0; i < 4; ++i) store_r(rows + (g + j) * stride + 4 * i, r[i]);
 }
 
 }  // namespace
