@@ -169,8 +169,8 @@ def run(plan: Plan, say: Say) -> Result:
     try:
         for shape in plan.shapes:
             problem = Problem(shape)
-            how = fftconv.MODE, fftconv.SCHEME, shape.b * shape.h
-            say(f"{shape}: {torch.ops.effk.fftconv_plan(shape.n_fft, shape.l, shape.l, *how)}")
+            how = fftconv.MODE, fftconv.SCHEME
+            say(f"{shape}: {effk.ops.fftconv.plan(shape.l, shape.l, shape.n_fft, *how)}")
             for kind in plan.kinds:
                 state.block(problem, kind)
                 gc.collect()

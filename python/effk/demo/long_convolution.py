@@ -40,7 +40,7 @@ class Settings:
     blocks: int = 3
     length: int = 1024
     batch: int = 4
-    steps: int = 400
+    steps: int = 250
     rate: float = 3e-3
     windows: int = 32  # of the evaluation text
     calib_windows: int = 16
@@ -331,7 +331,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads; 0: PyTorch's default.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write all figures here, as JSON.")] = None,
 ) -> None:
-    """Train a small long-convolution language model, compress its filters, and decode with it (about four minutes)."""
+    """Train a small long-convolution language model, compress its filters, and decode with it (about three minutes)."""
     if steps < 1:
         raise typer.BadParameter(f"--steps: expected at least 1, got {steps}")
     if threads:
