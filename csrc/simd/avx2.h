@@ -169,6 +169,7 @@ EFFK_INLINE void store_s8(void* p, vi v) {
 // In assembly: g++ finds a lambda that only prefetches free of effects, and drops it. prefetch_once is for lines that are
 // read once: they do not push x out of the cache.
 EFFK_INLINE void prefetch(const void* p) { __asm__ volatile("prefetcht0 (%0)" : : "r"(p)); }
+EFFK_INLINE void prefetch_far(const void* p) { __asm__ volatile("prefetcht1 (%0)" : : "r"(p)); }  // second-level cache
 EFFK_INLINE void prefetch_write(const void* p) { __asm__ volatile("prefetchw (%0)" : : "r"(p)); }
 EFFK_INLINE void prefetch_once(const void* p) { __asm__ volatile("prefetchnta (%0)" : : "r"(p)); }
 

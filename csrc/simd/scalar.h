@@ -102,6 +102,7 @@ EFFK_INLINE void store_f16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_hal
 EFFK_INLINE void store_bf16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_bf16(a.v[l])); }
 EFFK_INLINE void store_s8(void* p, vi a) { for (int l = 0; l < 16; ++l) static_cast<int8_t*>(p)[l] = int8_t(a.v[l]); }
 EFFK_INLINE void prefetch(const void*) {}
+EFFK_INLINE void prefetch_far(const void*) {}
 EFFK_INLINE void prefetch_write(const void*) {}
 EFFK_INLINE void prefetch_once(const void*) {}
 

@@ -204,7 +204,7 @@ template <bool Conjugate> struct Multiply {  // by the spectrum of one channel
     const int64_t bytes = spectrum::kBlockPoints / 4 * ahead.bytes, from = at * ahead.bytes + quarter * bytes;
     for (const void* read : ahead.read)
       if (read)
-        for (int64_t j = from; j < from + bytes; j += 64) prefetch(static_cast<const char*>(read) + j);
+        for (int64_t j = from; j < from + bytes; j += 64) prefetch_far(static_cast<const char*>(read) + j);
     if (ahead.write)
       for (int64_t j = from; j < from + bytes; j += 64) prefetch_write(static_cast<const char*>(ahead.write) + j);
   }

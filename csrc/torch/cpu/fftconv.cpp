@@ -2,6 +2,7 @@
 #include "ops/fftconv/fftconv.h"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -12,15 +13,19 @@ namespace {
 
 using spectrum::Header;
 
+// The header of a buffer, all zero unless every number in it is a small integer.
+Header plain_header(const float* at) {
+  bool integers = true;
+  for (int i = 0; i < spectrum::kHeaderFloats; ++i) integers &= at[i] >= 0 && at[i] <= 16777216.0f && at[i] == std::floor(at[i]);
+  return integers ? spectrum::read_header(at) : Header{};
+}
+
 // The prepared filter, proved to be one: for this device, these sizes, and as long as its header says.
 Header check_spec(const char* op, const View& spec, const Rows& r, int64_t n_fft, spectrum::Mode mode, spectrum::Scheme scheme) {
   const Arg arg{op, "spec"};
   if (spec.dim != 1 || spec.dtype != dtypes().f32 || !spec.contiguous || !(spec.home == kCpu) || spec.sizes[0] < spectrum::kHeaderFloats)
     arg.fail("what fftconv_prepare returns: float32 [floats], contiguous, on cpu", spec.text());
-  const float* at = spec.data<float>();
-  bool integers = true;
-  for (int i = 0; i < spectrum::kHeaderFloats; ++i) integers &= at[i] >= 0 && at[i] <= 16777216.0f && at[i] == float(int64_t(at[i]));
-  const Header h = integers ? spectrum::read_header(at) : Header{};
+  const Header h = plain_header(spec.data<float>());
   if (h.magic != spectrum::kMagic) arg.fail("what fftconv_prepare returns", "another tensor");
   EFFK_CHECK(h.version == spectrum::kVersion && h.plan == spectrum::kPlanCpu, op, ": spec: expected version ", spectrum::kVersion,
              " prepared on cpu, got version ", h.version, h.plan == spectrum::kPlanCpu ? "" : " prepared for another device");
@@ -30,7 +35,7 @@ Header check_spec(const char* op, const View& spec, const Rows& r, int64_t n_fft
              scheme_name(scheme), "', got '", scheme_name(h.scheme), "'");
   EFFK_CHECK(h.channels == r.h, op, ": spec: expected one of H = ", r.h, " channels as u has, got ", h.channels);
   const size_t floats = fftconv_spec_floats(h.channels, h.taps, h.n_fft, h.mode, h.scheme);
-  EFFK_CHECK(h.taps >= 1 && floats != 0 && size_t(spec.sizes[0]) == floats && spectrum::kHeaderFloats + h.channels * h.stride == spec.sizes[0],
+  EFFK_CHECK(h.scheme != spectrum::Scheme::automatic && h.taps >= 1 && floats != 0 && size_t(spec.sizes[0]) == floats && spectrum::kHeaderFloats + h.channels * h.stride == spec.sizes[0],
              op, ": spec: expected ", floats, " floats, got ", spec.sizes[0]);
   check_fits(op, mode, n_fft, h.taps, r.l);
   return h;
@@ -143,6 +148,7 @@ Tensor decode_step(const Tensor& x_t, Tensor xbuf, Tensor ybuf, const Tensor& k,
   expect(Arg{op, "x_t"}, now, {d.f32}, {b, h});
   if (taps.dim != 2 || taps.sizes[1] < 1) Arg{op, "k"}.fail("float32 [H, K] with K >= 1, contiguous, on cpu", taps.text());
   expect(Arg{op, "k"}, taps, {d.f32}, {h, taps.sizes[1]});
+  EFFK_CHECK(x.numel() == 0 || x.data() != y.data(), op, ": ybuf: expected another tensor than xbuf, got the same memory");
   EFFK_CHECK(t >= 0 && t < capacity, op, ": t: expected 0 to T - 1 = ", capacity - 1, ", got ", t);
   const int64_t s = t + 1, tile = s & -s;
   std::vector<const float*> prepared(specs.size());
@@ -152,8 +158,10 @@ Tensor decode_step(const Tensor& x_t, Tensor xbuf, Tensor ybuf, const Tensor& k,
     const Arg arg{op, "specs", int(i)};
     expect(arg, spec, {d.f32}, {spectrum::kHeaderFloats + h * 2 * points});
     prepared[i] = spec.data<float>();
-    const spectrum::Header head = spectrum::read_header(prepared[i]);
-    if (head.magic != spectrum::kMagic || head.plan != spectrum::kPlanCpu || head.points != points || head.channels != h || head.scheme != spectrum::Scheme::fft)
+    const int64_t lags = std::min(taps.sizes[1], 2 * (kDecodeTile << i));
+    const spectrum::Header head = plain_header(prepared[i]);
+    if (head.magic != spectrum::kMagic || head.plan != spectrum::kPlanCpu || head.points != points || head.channels != h ||
+        head.taps != lags || head.scheme != spectrum::Scheme::fft)
       arg.fail("what fftconv_decode_prepare returns for tile " + std::to_string(kDecodeTile << i), "another tensor");
   }
   if (s < capacity && tile >= kDecodeTile) {
