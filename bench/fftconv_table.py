@@ -179,6 +179,6 @@ def run(plan: Plan, say: Say) -> Result:
     if plan.memory:
         state.result.rows += fftconv_memory.rows(plan.threads, say)
     if plan.decode:
-        state.result.rows += fftconv_decode.rows(plan.threads, plan.tiers[0], say)
+        state.result.rows += fftconv_decode.rows(plan.threads, plan.tiers[0], say, fftconv_decode.SHAPE)
     set_vs_best(state.result.rows)
     return state.result

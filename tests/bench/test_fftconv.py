@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import fftconv, fftconv_bars, fftconv_decode, fftconv_problem, worker
+import effk
+from bench import fftconv, fftconv_bars, fftconv_decode, fftconv_memory, fftconv_problem, fftconv_table, worker
 from bench.baselines import direct_conv1d, scipy_fft, torch_fft, torch_fftconv
 from bench.fftconv_problem import BACKWARD, FORWARD, GATED, KINDS, Problem, Shape, as_results, flops
 from bench.report import Row, set_vs_best
@@ -177,3 +178,18 @@ def test_bars_of_our_own_figures() -> None:
     assert find(rows, "from 256 tokens on").outcome == "fail"
     assert find([row("effk", 1.0)], "decode: times fewer").outcome == "open"
     assert list(fftconv_bars.judge([peak], 1)) == []
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything but the competitors, on one small shape: processes, checks, rows, notes."""
+    monkeypatch.setattr(fftconv_decode, "SHAPE", Shape(1, 2, 256))
+    monkeypatch.setattr(fftconv_memory, "SHAPES", (Shape(1, 4, 256),))
+    lines: list[str] = []
+    tier = effk.isa.supported()[-1]
+    plan = fftconv_table.Plan((SHAPE,), 1, (tier,), (FORWARD, BACKWARD), 0.1, 1, baselines=False)
+    result = fftconv_table.run(plan, lines.append)
+    assert any(line.startswith("2x3x192: ") for line in lines) and not any("wrong" in line for line in lines)
+    kinds = [row.kind for row in result.rows]
+    assert kinds[:4] == [FORWARD, FORWARD, BACKWARD, BACKWARD] and "decode" in kinds and "backward memory" in kinds
+    assert all(row.valid for row in result.rows)
