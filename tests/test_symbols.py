@@ -78,7 +78,7 @@ def test_baseline_objects_use_baseline_instructions() -> None:
 # Functions of torch's C shim that the library calls. Every one exists since torch 2.11 or longer; a new name must be
 # looked up in torch/csrc/stable/c/shim_function_versions.txt of torch's sources before it is added.
 TORCH_SHIM = {
-    "aoti_torch_abi_version", "aoti_torch_create_device_guard", "aoti_torch_delete_device_guard",
+    "aoti_torch_abi_version", "aoti_torch_aten_fill__Scalar", "aoti_torch_create_device_guard", "aoti_torch_delete_device_guard",
     "aoti_torch_delete_library_object", "aoti_torch_delete_tensor_object", "aoti_torch_device_type_cpu",
     "aoti_torch_device_type_cuda", "aoti_torch_device_type_meta", "aoti_torch_device_type_mps",
     "aoti_torch_device_type_privateuse1", "aoti_torch_device_type_xpu", "aoti_torch_empty_strided",
@@ -86,8 +86,8 @@ TORCH_SHIM = {
     "aoti_torch_get_dtype", "aoti_torch_get_sizes", "aoti_torch_is_contiguous", "aoti_torch_library_def",
     "aoti_torch_new_uninitialized_tensor",
     "aoti_torch_library_init_def", "aoti_torch_library_init_impl", "aoti_torch_new_tensor_handle",
-    "torch_call_dispatcher", "torch_delete_list", "torch_delete_string", "torch_get_const_data_ptr",
-    "torch_get_mutable_data_ptr", "torch_get_num_threads", "torch_library_impl", "torch_list_get_item",
+    "torch_call_dispatcher", "torch_delete_list", "torch_delete_string", "torch_from_blob",
+    "torch_get_const_data_ptr", "torch_get_mutable_data_ptr", "torch_get_num_threads", "torch_library_impl", "torch_list_get_item",
     "torch_list_push_back", "torch_list_size", "torch_new_list_reserve_size", "torch_parallel_for",
     "torch_string_c_str", "torch_string_length",
 }  # fmt: skip
@@ -118,5 +118,8 @@ def test_exports_are_few() -> None:
     """Hidden visibility by default: what is exported is what effk._C links to."""
     exported = [line.split(maxsplit=2)[2] for line in output("nm", "-DC", "--defined-only", LIBRARY).splitlines()]
     ours = {name.split("(")[0] for name in exported if name.startswith("effk::")}
-    assert ours <= {f"effk::isa::{f}" for f in ("name", "parse", "detected", "detected_bf16", "active", "has_bf16", "force",
-                                                "environment_error")} | {"effk::wq::kKernels", "effk::wq::kKernelCount"}  # fmt: skip
+    linked = {f"effk::isa::{f}" for f in ("name", "parse", "detected", "detected_bf16", "active", "has_bf16", "force",
+                                          "environment_error")}  # fmt: skip
+    linked |= {f"effk::{family}::kKernel{what}" for family in ("wq", "fft", "depthwise") for what in ("s", "Count")}
+    linked |= {"effk::fft::describe[abi:cxx11]", "effk::fftconv_spec_floats"}
+    assert ours <= linked
