@@ -5,18 +5,18 @@ from __future__ import annotations
 import pytest
 from torch import Tensor
 
+from effk.nn.derived_cache import DerivedCache
+
 
 @pytest.fixture
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """Every preparation of a spectrum by a cache, recorded."""
-    from effk.nn import spectrum_cache
-
+    """Everything that a cache makes (spectra, packed weights), recorded by what it was made for."""
     calls: list[tuple] = []
-    real = spectrum_cache._prepare
+    real = DerivedCache._fresh
 
-    def count(*arguments: object) -> Tensor:
-        calls.append(arguments[1:])
-        return real(*arguments)
+    def count(cache: DerivedCache, sources: tuple, how: tuple) -> Tensor:
+        calls.append(how)
+        return real(cache, sources, how)
 
-    monkeypatch.setattr(spectrum_cache, "_prepare", count)
+    monkeypatch.setattr(DerivedCache, "_fresh", count)
     return calls

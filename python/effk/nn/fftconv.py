@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..ops import fftconv as op
-from .spectrum_cache import SpectrumCache
+from .derived_cache import DerivedCache
+
+SPECTRA_PER_FILTER = 4  # sequence lengths in turn
 
 
 class FFTConv(nn.Module):
     """``y = ((u * pregate) (*) k + skip * u * pregate) * postgate``, rows ``(B, H, L)`` with filters ``(H, K)``.
 
     No parameters: one instance serves all layers. Differentiable with respect to everything; when k needs no gradient
-    (it is constant, or gradients are off) its spectrum is kept, see :class:`effk.nn.spectrum_cache.SpectrumCache`. In
-    a traced graph (compile, export) it is prepared in every call; where that matters, keep ``conv.cached_spectrum(k,
-    L)`` as a buffer and call ``torch.ops.effk.fftconv``. Formula, shapes, dtypes, modes, errors:
-    :mod:`effk.ops.fftconv`.
+    (it is constant, or gradients are off) its spectrum is kept, see :class:`effk.nn.derived_cache.DerivedCache`. In a
+    traced graph (compile, export) it is prepared in every call; where that matters, keep ``conv.cached_spectrum(k, L)``
+    as a buffer and call ``torch.ops.effk.fftconv``. Formula, shapes, dtypes, modes, errors: :mod:`effk.ops.fftconv`.
     """
 
     def __init__(self, n_fft: int | None = None, mode: str = "causal", scheme: str = "auto") -> None:
@@ -37,7 +36,7 @@ class FFTConv(nn.Module):
         if scheme not in op.SCHEMES:
             raise ValueError(f"FFTConv: scheme: expected one of {op.SCHEMES}, got {scheme!r}")
         self.n_fft, self.mode, self.scheme = n_fft, mode, scheme
-        self._cache = SpectrumCache()
+        self._cache = DerivedCache(_spectrum, SPECTRA_PER_FILTER)
 
     def forward(
         self,
@@ -52,14 +51,14 @@ class FFTConv(nn.Module):
         if wants_gradient or u.dim() != 3 or torch.compiler.is_compiling():
             return op.fftconv(u, k, pregate, postgate, skip, self.n_fft, self.mode, self.scheme)
         n_fft, taps = self._size(u.shape[-1], k)
-        spec = self._cache.spectrum(k, taps, n_fft, self.mode, self.scheme)
+        spec = self._cache.get((k,), taps, n_fft, self.mode, self.scheme)
         u, pregate, postgate = (None if t is None else t.contiguous() for t in (u, pregate, postgate))
         return torch.ops.effk.fftconv(u, spec, pregate, postgate, skip, n_fft, self.mode, self.scheme)
 
     def cached_spectrum(self, k: Tensor, length: int) -> Tensor:
         """The spectrum of k for rows of ``length``: computed when first asked for, and again after writes to k."""
         n_fft, taps = self._size(length, k)
-        return self._cache.spectrum(k, taps, n_fft, self.mode, self.scheme)
+        return self._cache.get((k,), taps, n_fft, self.mode, self.scheme)
 
     def clear_cache(self) -> None:
         """Forget all spectra: after writes to a filter that PyTorch does not count, such as through ``k.data``."""
@@ -77,12 +76,9 @@ class FFTConv(nn.Module):
             taps = min(taps, max(length, 1))
         return op.default_n_fft(length, taps, self.mode), taps
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": None}  # a copy has filters of its own
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._cache = SpectrumCache()
+def _spectrum(k: Tensor, taps: int, n_fft: int, mode: str, scheme: str) -> Tensor:
+    return torch.ops.effk.fftconv_prepare(op.as_filter(k[..., :taps]), n_fft, mode, scheme)
 
 
 class FlashFFTConv(nn.Module):
