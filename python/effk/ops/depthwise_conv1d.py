@@ -32,6 +32,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import autocast
+
 LAYOUTS = ("bhl", "blh")
 ACTS = ("none", "silu")
 
@@ -149,17 +151,4 @@ torch.library.register_autograd("effk::depthwise_conv1d_backward", _no_second_de
 
 # ---- autocast: x takes the autocast dtype; w and bias stay as they are ----------------------------
 
-
-def _cast_x(op: Any, device: str) -> Any:
-    def autocast(x: Tensor, *args: Any) -> Tensor:
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
-            return op(x, *args)
-
-    return autocast
-
-
-_library = torch.library.Library("effk", "IMPL")
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _library.impl("depthwise_conv1d", _cast_x(torch.ops.effk.depthwise_conv1d.default, _device), _key)
+autocast.cast_arguments("depthwise_conv1d")

@@ -55,6 +55,8 @@ from torch import Tensor
 
 from effk import _C
 
+from . import autocast
+
 MODES = ("causal", "circular", "bidirectional")
 SCHEMES = ("auto", "fft", "overlap_save", "direct")
 MIN_FFT, MAX_FFT = 32, 1 << 24
@@ -135,11 +137,10 @@ def _rows(u: Tensor, pregate: Tensor | None, postgate: Tensor | None) -> list[Te
     dtype = None
     if torch.is_autocast_enabled(u.device.type):
         dtype = torch.get_autocast_dtype(u.device.type)
-    return [None if t is None else _autocast_to(t, dtype).contiguous() for t in (u, pregate, postgate)]
-
-
-def _autocast_to(t: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return t if dtype is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype)
+    return [
+        None if t is None else (t if dtype is None else autocast.to(t, dtype)).contiguous()
+        for t in (u, pregate, postgate)
+    ]
 
 
 # ---- float64 reference ---------------------------------------------------------------------------
@@ -361,17 +362,4 @@ torch.library.register_autograd("effk::fftconv_backward", _no_second_derivative)
 
 # ---- autocast: u and the gates take the autocast dtype; the spectrum and skip stay fp32 ------------------------
 
-
-def _cast_rows(op: Any, device: str) -> Any:
-    def autocast(u: Tensor, spec: Tensor, pregate: Tensor | None, postgate: Tensor | None, *args: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device)
-        u, pregate, postgate = (None if t is None else _autocast_to(t, dtype) for t in (u, pregate, postgate))
-        with torch.autocast(device, enabled=False):
-            return op(u, spec, pregate, postgate, *args)
-
-    return autocast
-
-
-_library = torch.library.Library("effk", "IMPL")
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _library.impl("fftconv", _cast_rows(torch.ops.effk.fftconv.default, _device), _key)
+autocast.cast_arguments("fftconv", (0, 2, 3))

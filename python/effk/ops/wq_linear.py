@@ -44,6 +44,8 @@ from torch import Tensor
 
 from effk.formats.wq import WqWeight, num_groups
 
+from . import autocast
+
 TILE_ROWS = 16
 MAX_ACT_GROUP = 128  # int8: activations are rounded in groups of at most this many columns
 
@@ -313,19 +315,5 @@ torch.library.register_autograd("effk::wq_multi_linear", _multi_backward, setup_
 
 # ---- autocast: as a linear layer, x takes the autocast dtype; the weight and the bias stay as they are
 
-
-def _cast_x(op: Any, device: str) -> Any:
-    def autocast(x: Tensor, *args: Any) -> Any:
-        dtype = torch.get_autocast_dtype(device)
-        if x.is_floating_point() and x.dtype != torch.float64:
-            x = x.to(dtype)
-        with torch.autocast(device, enabled=False):
-            return op(x, *args)
-
-    return autocast
-
-
-_library = torch.library.Library("effk", "IMPL")
-for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
-    _library.impl("wq_linear", _cast_x(torch.ops.effk.wq_linear.default, _device), _key)
-    _library.impl("wq_multi_linear", _cast_x(torch.ops.effk.wq_multi_linear.default, _device), _key)
+autocast.cast_arguments("wq_linear")
+autocast.cast_arguments("wq_multi_linear")
