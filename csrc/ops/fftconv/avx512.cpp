@@ -7,7 +7,7 @@
 namespace effk::fft {
 namespace tier = effk::avx512;
 
-extern const Kernel kAvx512{isa::Tier::avx512, "avx512:fft", tier::first, tier::multiply, tier::to_spectrum, tier::from_spectrum, tier::last,
-                       tier::gather, tier::scatter, tier::accumulate, tier::fir, tier::fir_tile};
+extern const Kernel kAvx512{isa::Tier::avx512, "avx512:fft", tier::first, tier::multiply, tier::to_spectrum, tier::from_spectrum,
+                       tier::multiply_pair, tier::last, tier::gather, tier::scatter, tier::fir, tier::fir_tile};
 
 }  // namespace effk::fft

@@ -24,7 +24,7 @@ EFFK_INLINE int64_t place(const Plan& p, int64_t c) {
   return c / row * p.level[1].row + c % row;
 }
 
-template <int R> void first_level(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1) {
+template <int R> void first_level(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1, const Ahead& ahead) {
   const Level& l = p.level[0];
   const int64_t row = l.size / R;
   const bool complex = s.origin + p.points < s.length;
@@ -32,13 +32,13 @@ template <int R> void first_level(const Plan& p, const Source& s, float* work, i
     float* x = work + place(p, c) * 2;
     const int64_t v0 = c / 16, vecs = count / 16;
     if (l.table) {
-      if (in == In::complex) first_columns<R, false, In::complex>(l, p.weight, re, im, in_row, x, v0, vecs);
-      else if (in == In::gated) first_columns<R, false, In::gated>(l, p.weight, re, im, in_row, x, v0, vecs);
-      else first_columns<R, false, In::real>(l, p.weight, re, im, in_row, x, v0, vecs);
+      if (in == In::complex) first_columns<R, false, In::complex>(l, p.weight, re, im, in_row, x, v0, vecs, ahead);
+      else if (in == In::gated) first_columns<R, false, In::gated>(l, p.weight, re, im, in_row, x, v0, vecs, ahead);
+      else first_columns<R, false, In::real>(l, p.weight, re, im, in_row, x, v0, vecs, ahead);
     } else {
-      if (in == In::complex) first_columns<R, true, In::complex>(l, p.weight, re, im, in_row, x, v0, vecs);
-      else if (in == In::gated) first_columns<R, true, In::gated>(l, p.weight, re, im, in_row, x, v0, vecs);
-      else first_columns<R, true, In::real>(l, p.weight, re, im, in_row, x, v0, vecs);
+      if (in == In::complex) first_columns<R, true, In::complex>(l, p.weight, re, im, in_row, x, v0, vecs, ahead);
+      else if (in == In::gated) first_columns<R, true, In::gated>(l, p.weight, re, im, in_row, x, v0, vecs, ahead);
+      else first_columns<R, true, In::real>(l, p.weight, re, im, in_row, x, v0, vecs, ahead);
     }
   };
   if (plain(s, complex ? 2 * p.points : p.points) && !(complex && s.b)) {
@@ -56,7 +56,7 @@ template <int R> void first_level(const Plan& p, const Source& s, float* work, i
   }
 }
 
-template <int R> void last_level(const Plan& p, const float* work, const Sink& s, int64_t c0, int64_t c1) {
+template <int R> void last_level(const Plan& p, const float* work, const Sink& s, int64_t c0, int64_t c1, const Ahead& ahead) {
   const Level& l = p.level[0];
   const int64_t row = l.size / R;
   const bool re_wanted = s.shift < s.end && s.shift + p.points > s.begin;
@@ -65,15 +65,15 @@ template <int R> void last_level(const Plan& p, const float* work, const Sink& s
     const float* x = work + place(p, c) * 2;
     const int64_t v0 = c / 16, vecs = count / 16;
     if (l.table) {
-      if (out == Out::re) last_columns<R, false, Out::re>(l, p.weight, x, re, im, out_row, v0, vecs);
-      else if (out == Out::gated) last_columns<R, false, Out::gated>(l, p.weight, x, re, im, out_row, v0, vecs);
-      else if (out == Out::im) last_columns<R, false, Out::im>(l, p.weight, x, re, im, out_row, v0, vecs);
-      else last_columns<R, false, Out::both>(l, p.weight, x, re, im, out_row, v0, vecs);
+      if (out == Out::re) last_columns<R, false, Out::re>(l, p.weight, x, re, im, out_row, v0, vecs, ahead);
+      else if (out == Out::gated) last_columns<R, false, Out::gated>(l, p.weight, x, re, im, out_row, v0, vecs, ahead);
+      else if (out == Out::im) last_columns<R, false, Out::im>(l, p.weight, x, re, im, out_row, v0, vecs, ahead);
+      else last_columns<R, false, Out::both>(l, p.weight, x, re, im, out_row, v0, vecs, ahead);
     } else {
-      if (out == Out::re) last_columns<R, true, Out::re>(l, p.weight, x, re, im, out_row, v0, vecs);
-      else if (out == Out::gated) last_columns<R, true, Out::gated>(l, p.weight, x, re, im, out_row, v0, vecs);
-      else if (out == Out::im) last_columns<R, true, Out::im>(l, p.weight, x, re, im, out_row, v0, vecs);
-      else last_columns<R, true, Out::both>(l, p.weight, x, re, im, out_row, v0, vecs);
+      if (out == Out::re) last_columns<R, true, Out::re>(l, p.weight, x, re, im, out_row, v0, vecs, ahead);
+      else if (out == Out::gated) last_columns<R, true, Out::gated>(l, p.weight, x, re, im, out_row, v0, vecs, ahead);
+      else if (out == Out::im) last_columns<R, true, Out::im>(l, p.weight, x, re, im, out_row, v0, vecs, ahead);
+      else last_columns<R, true, Out::both>(l, p.weight, x, re, im, out_row, v0, vecs, ahead);
     }
   };
   if (!re_wanted && !im_wanted) return;
@@ -95,20 +95,20 @@ template <int R> void last_level(const Plan& p, const float* work, const Sink& s
   }
 }
 
-void first_level(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1) {
+void first_level(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1, const Ahead& ahead) {
   switch (p.level[0].radix) {
-    case 3: return first_level<3>(p, s, work, c0, c1);
-    case 4: return first_level<4>(p, s, work, c0, c1);
-    case 5: return first_level<5>(p, s, work, c0, c1);
-    case 8: return first_level<8>(p, s, work, c0, c1);
+    case 3: return first_level<3>(p, s, work, c0, c1, ahead);
+    case 4: return first_level<4>(p, s, work, c0, c1, ahead);
+    case 5: return first_level<5>(p, s, work, c0, c1, ahead);
+    case 8: return first_level<8>(p, s, work, c0, c1, ahead);
   }
 }
-void last_level(const Plan& p, const float* work, const Sink& s, int64_t c0, int64_t c1) {
+void last_level(const Plan& p, const float* work, const Sink& s, int64_t c0, int64_t c1, const Ahead& ahead) {
   switch (p.level[0].radix) {
-    case 3: return last_level<3>(p, work, s, c0, c1);
-    case 4: return last_level<4>(p, work, s, c0, c1);
-    case 5: return last_level<5>(p, work, s, c0, c1);
-    case 8: return last_level<8>(p, work, s, c0, c1);
+    case 3: return last_level<3>(p, work, s, c0, c1, ahead);
+    case 4: return last_level<4>(p, work, s, c0, c1, ahead);
+    case 5: return last_level<5>(p, work, s, c0, c1, ahead);
+    case 8: return last_level<8>(p, work, s, c0, c1, ahead);
   }
 }
 
@@ -126,23 +126,23 @@ template <bool Inv> void second_level(const Plan& p, float* work, int64_t c0, in
   }
 }
 
-void first(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1) {
-  if (p.head == 1) return first_level(p, s, work, c0, c1);
+void first(const Plan& p, const Source& s, float* work, int64_t c0, int64_t c1, const Ahead& ahead) {
+  if (p.head == 1) return first_level(p, s, work, c0, c1, ahead);
   const int64_t row = p.columns();
   for (int64_t c = c0; c < c1; c += kHeadStrip) {
     const int64_t end = c + kHeadStrip < c1 ? c + kHeadStrip : c1;
-    for (int a = 0; a < p.level[1].radix; ++a) first_level(p, s, work, a * row + c, a * row + end);
+    for (int a = 0; a < p.level[1].radix; ++a) first_level(p, s, work, a * row + c, a * row + end, ahead);
     second_level<false>(p, work, c, end);
   }
 }
 
-void last(const Plan& p, float* work, const Sink& s, int64_t c0, int64_t c1) {
-  if (p.head == 1) return last_level(p, work, s, c0, c1);
+void last(const Plan& p, float* work, const Sink& s, int64_t c0, int64_t c1, const Ahead& ahead) {
+  if (p.head == 1) return last_level(p, work, s, c0, c1, ahead);
   const int64_t row = p.columns();
   for (int64_t c = c0; c < c1; c += kHeadStrip) {
     const int64_t end = c + kHeadStrip < c1 ? c + kHeadStrip : c1;
     second_level<true>(p, work, c, end);
-    for (int a = 0; a < p.level[1].radix; ++a) last_level(p, work, s, a * row + c, a * row + end);
+    for (int a = 0; a < p.level[1].radix; ++a) last_level(p, work, s, a * row + c, a * row + end, ahead);
   }
 }
 
@@ -157,18 +157,14 @@ void multiply(const Plan& p, float* work, const float* coef, bool conjugate, int
 void to_spectrum(const Plan& p, float* work, float* spec, float scale, int64_t b0, int64_t b1) {
   middle(p, work, b0, b1, ToSpectrum{spec, scale});
 }
-void from_spectrum(const Plan& p, float* work, const float* a, const float* b, bool conjugate, int64_t b0, int64_t b1) {
-  if (!b) middle(p, work, b0, b1, FromSpectrum<Other::none>{a, b});
-  else if (conjugate) middle(p, work, b0, b1, FromSpectrum<Other::conjugate>{a, b});
-  else middle(p, work, b0, b1, FromSpectrum<Other::plain>{a, b});
+void from_spectrum(const Plan& p, float* work, const float* spec, int64_t b0, int64_t b1) {
+  middle(p, work, b0, b1, FromSpectrum<Other::none>{spec, nullptr});
 }
-
-void accumulate(float* sum, const float* a, const float* b, int64_t points) {
-  for (int64_t i = 0; i < points * 2; i += kVec)
-    for (int h = 0; h < 16; h += kLanes) {
-      const Complex t = load_c(b + i + h), s = load_c(sum + i + h);
-      store_c(sum + i + h, s + mul_conj(load_c(a + i + h), t.re, t.im));
-    }
+void multiply_pair(const Plan& p, float* g, float* v, const float* coef, float* sum, float scale, int64_t b0, int64_t b1) {
+  if (sum && coef) middle(p, g, b0, b1, Pair<true, true>{v - g, coef, sum, scale});
+  else if (sum) middle(p, g, b0, b1, Pair<true, false>{v - g, coef, sum, scale});
+  else if (coef) middle(p, g, b0, b1, Pair<false, true>{v - g, coef, sum, scale});
+  else middle(p, g, b0, b1, Pair<false, false>{v - g, coef, sum, scale});
 }
 
 void scatter(const Sink& s, int64_t n, int64_t count, const float* src) {

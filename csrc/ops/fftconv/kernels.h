@@ -61,32 +61,39 @@ struct Sink {
   bool add;                    // fp32 only: y[t] += value
 };
 
-// What the next phase will touch, fetched while this one computes: rows that the next row of a batch reads and the row
-// that this one writes. Null pointers are skipped.
+// Rows that the next item will touch, fetched into the second-level cache while this one computes. Spread evenly over all
+// phases: memory is then read at the rate at which it is used, and not in bursts that stall on the fill buffers.
 struct Ahead {
-  const void* read[3];
-  const void* write;
-  int bytes;                   // of one element
+  // Of the lines of every row: step i of a phase (16 columns, or a quarter of a block) fetches [at + i rate, at + (i + 1) rate), in
+  // 1/65536 of a line.
+  struct Share { int64_t at, rate; };
+  const char* row[9];
+  int rows;
+  Share first, middle, last;
+
+  void add(const void* p) { if (p) row[rows++] = static_cast<const char*>(p); }
 };
 
 struct Kernel {
   isa::Tier tier;
   const char* name;
   // Columns [c0, c1) of Plan::columns(), multiples of 16: source -> work.
-  void (*first)(const Plan&, const Source&, float* work, int64_t c0, int64_t c1);
+  void (*first)(const Plan&, const Source&, float* work, int64_t c0, int64_t c1, const Ahead&);
   // Blocks [b0, b1) of Plan::blocks, in place: multiplied by the spectrum of one channel or its conjugate.
   void (*multiply)(const Plan&, float* work, const float* coef, bool conjugate, int64_t b0, int64_t b1,
                    const Ahead&);
-  // Coefficients, here and below: those of block b0 first. The two halves of that: work -> spectrum, scaled (work is spent); spectrum a, times b or its conjugate -> work.
+  // Coefficients, here and below: those of block b0 first. The two halves of that: work -> spectrum, scaled (work is spent);
+  // spectrum -> work.
   void (*to_spectrum)(const Plan&, float* work, float* spec, float scale, int64_t b0, int64_t b1);
-  void (*from_spectrum)(const Plan&, float* work, const float* a, const float* b, bool conjugate, int64_t b0, int64_t b1);
+  void (*from_spectrum)(const Plan&, float* work, const float* spec, int64_t b0, int64_t b1);
+  // The backward pass, in two work buffers at once: with G and V their spectra, sum += scale G conj(V), or without `sum` that
+  // product's inverse into v; with `coef` the inverse of G conj(coef) into g.
+  void (*multiply_pair)(const Plan&, float* g, float* v, const float* coef, float* sum, float scale, int64_t b0, int64_t b1);
   // Columns again: work -> sink; real parts are results [0, M), minus the imaginary parts results [M, 2 M).
-  void (*last)(const Plan&, float* work, const Sink&, int64_t c0, int64_t c1);
+  void (*last)(const Plan&, float* work, const Sink&, int64_t c0, int64_t c1, const Ahead&);
   // dst[i] = v(n + i), count a multiple of 16; and results n .. n + count from src to the sink.
   void (*gather)(const Source&, int64_t n, int64_t count, float* dst);
   void (*scatter)(const Sink&, int64_t n, int64_t count, const float* src);
-  // sum[i] += a[i] conj(b[i]) over `points` points of two spectra.
-  void (*accumulate)(float* sum, const float* a, const float* b, int64_t points);
   // Short filters, simd/fir.h.
   void (*fir)(const float* x, const float* taps, int64_t k, float* y, int64_t count);
   void (*fir_tile)(const float* x, const float* taps, int64_t tile, float* y);

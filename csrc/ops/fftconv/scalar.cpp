@@ -7,7 +7,7 @@
 namespace effk::fft {
 namespace tier = effk::scalar;
 
-extern const Kernel kScalar{isa::Tier::scalar, "scalar:fft", tier::first, tier::multiply, tier::to_spectrum, tier::from_spectrum, tier::last,
-                       tier::gather, tier::scatter, tier::accumulate, tier::fir, tier::fir_tile};
+extern const Kernel kScalar{isa::Tier::scalar, "scalar:fft", tier::first, tier::multiply, tier::to_spectrum, tier::from_spectrum,
+                       tier::multiply_pair, tier::last, tier::gather, tier::scatter, tier::fir, tier::fir_tile};
 
 }  // namespace effk::fft

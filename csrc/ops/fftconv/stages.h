@@ -15,6 +15,13 @@ constexpr int kAhead = 128;                   // floats: what the next strip but
 constexpr int kCoefAhead = 2048;              // floats of the spectrum
 constexpr int64_t kNearPoints = 4096;         // blocks of this size stay in the first-level cache: 32 KiB
 
+// One step of a phase fetches its share of the lines that the next row needs.
+EFFK_INLINE void fetch(const Ahead& a, const Ahead::Share& share, int64_t step) {
+  const int64_t from = (share.at + step * share.rate) >> 16, to = (share.at + (step + 1) * share.rate) >> 16;
+  for (int r = 0; r < a.rows; ++r)
+    for (int64_t j = from; j < to; ++j) prefetch_far(a.row[r] + j * 64);
+}
+
 EFFK_INLINE Complex load_c(const float* p) { return {load_r(p), load_r(p + 16)}; }
 EFFK_INLINE void store_c(float* p, Complex v) { store_r(p, v.re); store_r(p + 16, v.im); }
 
@@ -78,9 +85,10 @@ template <bool Inv> void pass(const Level& l, float* x, int64_t blocks) {
 enum class In { real, gated, complex };
 template <int R, bool TwoFactor, In I>
 void first_columns(const Level& l, const float* weight, const float* re, const float* im, int64_t in_row, float* x, int64_t v0,
-                   int64_t vecs) {
+                   int64_t vecs, const Ahead& ahead) {
   const int64_t row = l.row * 2;
-  for (int64_t v = 0; v < vecs; ++v)
+  for (int64_t v = 0; v < vecs; ++v) {
+    fetch(ahead, ahead.first, v0 + v);
     for (int h = 0; h < 16; h += kLanes) {
       Complex z[R];
       for (int a = 0; a < R; ++a) {
@@ -105,6 +113,7 @@ void first_columns(const Level& l, const float* weight, const float* re, const f
         store_c(p + a * row, mul(z[a], t.re, t.im));
       }
     }
+  }
 }
 
 // Last pass, its mirror: `re` receives the results [0, M), times a gate in `im` or not; or `im` receives (minus the imaginary
@@ -112,9 +121,10 @@ void first_columns(const Level& l, const float* weight, const float* re, const f
 enum class Out { re, gated, im, both };
 template <int R, bool TwoFactor, Out O>
 void last_columns(const Level& l, const float* weight, const float* x, float* re, float* im, int64_t out_row, int64_t v0,
-                  int64_t vecs) {
+                  int64_t vecs, const Ahead& ahead) {
   const int64_t row = l.row * 2;
-  for (int64_t v = 0; v < vecs; ++v)
+  for (int64_t v = 0; v < vecs; ++v) {
+    fetch(ahead, ahead.last, v0 + v);
     for (int h = 0; h < 16; h += kLanes) {
       Complex z[R];
       const float* p = x + v * kVec + h;
@@ -139,6 +149,7 @@ void last_columns(const Level& l, const float* weight, const float* x, float* re
         if constexpr (O == Out::im || O == Out::both) store_r(im + at, fms(z[a].re, s, mul_f(z[a].im, c)));
       }
     }
+  }
 }
 
 // The last 16 points of 16 rows at once. A block of 256 points arrives with its 4 x 4 quads transposed (the pass before did
@@ -184,7 +195,7 @@ template <int Q> EFFK_INLINE void places_inverse(Places& buf, Complex (&z)[4]) {
 
 // What happens to a block between the two halves of the convolution; `at` is its first point.
 template <bool Conjugate> struct Multiply {  // by the spectrum of one channel
-  static constexpr bool kForward = true, kInverse = true;
+  static constexpr bool kForward = true, kInverse = true, kPair = false;
   const float* coef;
   const Ahead& ahead;
 
@@ -199,34 +210,26 @@ template <bool Conjugate> struct Multiply {  // by the spectrum of one channel
     }
     places_inverse<Q>(buf, z);
   }
-  // A quarter of what the next phase touches for these 256 points.
-  EFFK_INLINE void fetch(int64_t at, int quarter) const {
-    const int64_t bytes = spectrum::kBlockPoints / 4 * ahead.bytes, from = at * ahead.bytes + quarter * bytes;
-    for (const void* read : ahead.read)
-      if (read)
-        for (int64_t j = from; j < from + bytes; j += 64) prefetch_far(static_cast<const char*>(read) + j);
-    if (ahead.write)
-      for (int64_t j = from; j < from + bytes; j += 64) prefetch_write(static_cast<const char*>(ahead.write) + j);
-  }
   EFFK_INLINE void operator()(float* x, int64_t at) const {
     alignas(64) Places buf;
     const float* c = coef + at * 2;
+    const int64_t step = at / (spectrum::kBlockPoints / 4);
     for (int g = 0; g < 16; g += kLanes) {
       columns_forward(x, g, buf);
-      if (g == 0) fetch(at, 0);
+      if (g == 0) fetch(ahead, ahead.middle, step);
       places<0>(buf, c, g);
-      if (g == 0) fetch(at, 1);
+      if (g == 0) fetch(ahead, ahead.middle, step + 1);
       places<1>(buf, c, g);
-      if (g == 0) fetch(at, 2);
+      if (g == 0) fetch(ahead, ahead.middle, step + 2);
       places<2>(buf, c, g);
-      if (g == 0) fetch(at, 3);
+      if (g == 0) fetch(ahead, ahead.middle, step + 3);
       places<3>(buf, c, g);
       columns_inverse(x, g, buf);
     }
   }
 };
 struct ToSpectrum {
-  static constexpr bool kForward = true, kInverse = false;
+  static constexpr bool kForward = true, kInverse = false, kPair = false;
   float* spec;
   float scale;
   template <int Q> EFFK_INLINE void places(const Places& buf, float* to, int g) const {
@@ -247,9 +250,9 @@ struct ToSpectrum {
     }
   }
 };
-enum class Other { none, plain, conjugate };
+enum class Other { none, conjugate };
 template <Other B> struct FromSpectrum {  // a times b
-  static constexpr bool kForward = false, kInverse = true;
+  static constexpr bool kForward = false, kInverse = true, kPair = false;
   const float* a;
   const float* b;
   template <int Q> EFFK_INLINE void places(Places& buf, int64_t from, int g) const {
@@ -259,7 +262,7 @@ template <Other B> struct FromSpectrum {  // a times b
       z[s] = load_c(a + at);
       if constexpr (B != Other::none) {
         const Complex t = load_c(b + at);
-        z[s] = B == Other::conjugate ? mul_conj(z[s], t.re, t.im) : mul(z[s], t.re, t.im);
+        z[s] = mul_conj(z[s], t.re, t.im);
       }
     }
     places_inverse<Q>(buf, z);
@@ -276,23 +279,61 @@ template <Other B> struct FromSpectrum {  // a times b
   }
 };
 
+// The backward pass, over two buffers in step, the second `other` floats behind the first: the spectra G of the gradient and V of
+// the input. Second buffer: G conj(V), the gradient of the taps, or with Sum added to `sum` instead. First buffer: with Grad G times
+// the filter's conjugate, the gradient of the input.
+template <bool Sum, bool Grad> struct Pair {
+  static constexpr bool kForward = true, kInverse = Grad, kPair = true, kInverseOther = !Sum;
+  int64_t other;
+  const float* coef;
+  float* sum;
+  float scale;
+  EFFK_INLINE void operator()(float* x, int64_t at) const {
+    alignas(64) float g[spectrum::kBlockPoints * 2], v[spectrum::kBlockPoints * 2];
+    ToSpectrum{g, 1.0f}(x, 0);
+    ToSpectrum{v, scale}(x + other, 0);
+    if constexpr (Sum) {
+      for (int i = 0; i < spectrum::kBlockPoints * 2; i += kVec)
+        for (int h = 0; h < 16; h += kLanes) {
+          float* to = sum + at * 2 + i + h;
+          const Complex t = load_c(v + i + h);
+          store_c(to, load_c(to) + mul_conj(load_c(g + i + h), t.re, t.im));
+        }
+    } else {
+      FromSpectrum<Other::conjugate>{g, v}(x + other, 0);
+    }
+    if constexpr (Grad) FromSpectrum<Other::conjugate>{g, coef + at * 2}(x, 0);
+  }
+};
+
 // Levels [level, p.levels) of `size` points in blocks of p.level[level].size, the first at point `at`: forward, middle, inverse.
-// Level by level in what the first-level cache holds, otherwise (then it is one block) one sub-block after the other.
+// Level by level in what the first-level cache holds, otherwise one block after the other.
+template <class Middle> EFFK_INLINE void pass_forward(const Level& l, float* x, int64_t blocks, const Middle& middle) {
+  if constexpr (Middle::kForward) pass<false>(l, x, blocks);
+  if constexpr (Middle::kPair) pass<false>(l, x + middle.other, blocks);
+}
+template <class Middle> EFFK_INLINE void pass_inverse(const Level& l, float* x, int64_t blocks, const Middle& middle) {
+  if constexpr (Middle::kInverse) pass<true>(l, x, blocks);
+  if constexpr (Middle::kPair)
+    if constexpr (Middle::kInverseOther) pass<true>(l, x + middle.other, blocks);
+}
 template <class Middle>
 void inner(const Plan& p, int level, int64_t size, float* x, int64_t at, const Middle& middle) {
-  if (size <= kNearPoints) {
-    if constexpr (Middle::kForward)
-      for (int i = level; i < p.levels; ++i) pass<false>(p.level[i], x, size / p.level[i].size);
+  if (size <= (Middle::kPair ? kNearPoints / 2 : kNearPoints)) {
+    for (int i = level; i < p.levels; ++i) pass_forward(p.level[i], x, size / p.level[i].size, middle);
     for (int64_t o = 0; o < size; o += spectrum::kBlockPoints) middle(x + o * 2, at + o);
-    if constexpr (Middle::kInverse)
-      for (int i = p.levels - 1; i >= level; --i) pass<true>(p.level[i], x, size / p.level[i].size);
+    for (int i = p.levels - 1; i >= level; --i) pass_inverse(p.level[i], x, size / p.level[i].size, middle);
     return;
   }
   const Level& l = p.level[level];
+  if (size > l.size) {
+    for (int64_t o = 0; o < size; o += l.size) inner(p, level, l.size, x + o * 2, at + o, middle);
+    return;
+  }
   const int64_t row = size / l.radix;
-  if constexpr (Middle::kForward) pass<false>(l, x, 1);
+  pass_forward(l, x, 1, middle);
   for (int k = 0; k < l.radix; ++k) inner(p, level + 1, row, x + k * row * 2, at + k * row, middle);
-  if constexpr (Middle::kInverse) pass<true>(l, x, 1);
+  pass_inverse(l, x, 1, middle);
 }
 
 }  // namespace
