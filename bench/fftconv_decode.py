@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import effk
+from effk.nn.fftconv_decoder import spread
 
 from .fftconv_problem import DECODE, Shape, bound
 from .measure import Say
@@ -46,11 +47,18 @@ def relaxed(x: Tensor, k: Tensor) -> Callable[[], tuple[Tensor, list[float]]]:
     """Decodes all of x [B, H, T] with the op, from empty buffers; gives y and the seconds of each step."""
     ops, (b, h, tokens) = torch.ops.effk, x.shape
     tiles = [FIRST_FFT_TILE << i for i in range(max(0, (tokens - 1).bit_length() - FIRST_FFT_TILE.bit_length() + 1))]
+    k = torch.nn.functional.pad(k, (0, spread(k.shape[-1]) - k.shape[-1]))
     specs = [ops.fftconv_decode_prepare(k, tile) for tile in tiles]
 
     def decode() -> tuple[Tensor, list[float]]:
-        xbuf, ybuf = torch.zeros(b, h, tokens), torch.zeros(b, h, tokens)
-        return steps(x, lambda x_t, t: ops.fftconv_decode_step(x_t, xbuf, ybuf, k, specs, t))
+        xbuf, ybuf = torch.zeros(b, h, spread(tokens)), torch.zeros(b, h, spread(tokens))  # as FFTConvDecoder does
+
+        def step(x_t: Tensor, t: int) -> Tensor:
+            if t + 1 == tokens:
+                return ybuf[..., t] + k[:, 0] * x_t
+            return ops.fftconv_decode_step(x_t, xbuf, ybuf, k, specs, t)
+
+        return steps(x, step)
 
     return decode
 

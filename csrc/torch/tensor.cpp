@@ -80,17 +80,19 @@ void ask_for_large_pages(void* data, size_t bytes) {
 #endif
 }
 
-// Buffers of results, whole large pages each. A buffer serves a request that fills at least half of it.
+// Buffers of results, whole large pages each where they are that large. A buffer serves a request that fills at least half of it.
 class ResultPool {
  public:
-  static constexpr size_t kPage = size_t(2) << 20;
+  static constexpr size_t kPage = size_t(2) << 20, kSmallPage = size_t(64) << 10;
+  // What malloc would map, and fault in page by page, for every call: 2.4 instead of 0.75 ms for a product of 3 MiB.
+  static constexpr size_t kSmallest = size_t(128) << 10;
 
   static ResultPool& instance() {
     static ResultPool& pool = *new ResultPool;  // never destroyed: tensors may outlive main
     return pool;
   }
   void* take(size_t bytes) {
-    const size_t size = (bytes + kPage - 1) / kPage * kPage;
+    const size_t page = bytes < kPage ? kSmallPage : kPage, size = (bytes + page - 1) / page * page;
     {
       const std::lock_guard<std::mutex> hold(mutex_);
       for (auto it = free_.begin(); it != free_.end(); ++it)
@@ -102,9 +104,9 @@ class ResultPool {
           return data;
         }
     }
-    void* data = std::aligned_alloc(kPage, size);
+    void* data = std::aligned_alloc(page, size);
     if (!data) throw std::bad_alloc();
-    ask_for_large_pages(data, size);
+    if (page == kPage) ask_for_large_pages(data, size);
     const std::lock_guard<std::mutex> hold(mutex_);
     used_[data] = size;
     return data;
@@ -150,7 +152,7 @@ Tensor large_result(std::initializer_list<int64_t> sizes, int32_t dtype) {
   int64_t count = 1;
   for (int64_t n : sizes) count *= n;
   const size_t bytes = size_t(count) * (dtype == dtypes().f32 ? 4 : 2);
-  if (bytes < 2 * ResultPool::kPage) return empty(sizes, dtype);
+  if (bytes < ResultPool::kSmallest) return empty(sizes, dtype);
   int64_t strides[8], step = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = step;

@@ -313,6 +313,7 @@ void fftconv_decode_step(const DecodeArgs& a, void* workspace, const ParallelFor
   const Plan* p = transformed ? plan_of(decode_points(tile)) : nullptr;
   const float* spec = transformed ? a.specs[log2_of(tile / kDecodeTile)] : nullptr;
   const size_t floats = transformed ? round_up(size_t(p->work_points) * 2) : 0;
+  constexpr int64_t kFewTaps = 2;
   const int64_t work = transformed ? p->points : std::max<int64_t>(tile * tile / 16, 8);
   const Split split_rows = split(rows, work, pf.threads);
   over_items(pf, split_rows, rows, static_cast<float*>(workspace), floats, [&](float* w, int64_t row) {
@@ -322,6 +323,15 @@ void fftconv_decode_step(const DecodeArgs& a, void* workspace, const ParallelFor
     a.y_t[row] = a.y[at + a.t] + k[0] * a.x_t[row];
     a.y[at + a.t] = a.y_t[row];
     if (next <= 0) return;
+    if (tile <= kFewTaps) {  // most steps: nothing to gain from vectors
+      for (int64_t i = 0; i < next; ++i) {
+        float sum = a.y[at + s + i];
+        for (int64_t j = 0; j < tile; ++j)
+          if (tile + i - j < a.taps) sum += k[tile + i - j] * a.x[at + s - tile + j];
+        a.y[at + s + i] = sum;
+      }
+      return;
+    }
     if (!transformed) {
       float taps[2 * kDecodeTile], sums[kDecodeTile];
       const int64_t known = std::min(2 * tile, a.taps);

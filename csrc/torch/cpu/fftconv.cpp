@@ -52,7 +52,7 @@ Tensor prepare(const Tensor& k, int64_t n_fft, const std::string& mode_text, con
   check_n_fft(op, n_fft);
   const int64_t h = view.sizes[0], taps = view.sizes[1];
   check_fits(op, mode, n_fft, taps, -1);
-  Tensor spec = empty({int64_t(fftconv_spec_floats(h, taps, n_fft, mode, scheme))}, dtypes().f32);
+  Tensor spec = large_result({int64_t(fftconv_spec_floats(h, taps, n_fft, mode, scheme))}, dtypes().f32);
   const ParallelFor pool = torch_pool();
   fftconv_prepare(view.data<float>(), h, taps, n_fft, mode, scheme, static_cast<float*>(spec.mutable_data_ptr()),
                   scratch(fftconv_prepare_workspace(h, taps, n_fft, mode, scheme, pool.threads)), pool);
@@ -131,7 +131,7 @@ Tensor decode_prepare(const Tensor& k, int64_t tile) {
   const int64_t used = std::min(taps, lags);
   constexpr auto mode = spectrum::Mode::causal;
   constexpr auto scheme = spectrum::Scheme::fft;
-  Tensor spec = empty({int64_t(fftconv_spec_floats(h, used, n_fft, mode, scheme))}, dtypes().f32);
+  Tensor spec = large_result({int64_t(fftconv_spec_floats(h, used, n_fft, mode, scheme))}, dtypes().f32);
   const ParallelFor pool = torch_pool();
   fftconv_prepare(rows, h, used, n_fft, mode, scheme, static_cast<float*>(spec.mutable_data_ptr()),
                   scratch(fftconv_prepare_workspace(h, used, n_fft, mode, scheme, pool.threads)), pool);

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 from ..ops import fftconv as op
 
 
+def spread(length: int) -> int:
+    """Row length of the buffers for ``length`` positions: a step touches one position of every row, and rows a multiple of
+    4 KiB apart would share a few lines of every cache."""
+    return length + 16 if length % 1024 == 0 else length
+
+
 class FFTConvDecoder:
     """A causal long convolution whose input arrives one position at a time: gates, filter and skip as in ``fftconv``.
 
@@ -29,9 +35,8 @@ class FFTConvDecoder:
     def __init__(self, k: Tensor, capacity: int, skip: Tensor | None = None) -> None:
         """
         Args:
-            k: ``(H, K)`` or ``(1, H, K)``, fp32 or fp64; taps from K on count as 0. Not copied: do not write to it
-            while
-                decoding.
+            k: ``(H, K)`` or ``(1, H, K)``, fp32 or fp64; taps from K on count as 0. May be the caller's memory: do not
+                write to it while decoding.
             capacity: how many positions can be decoded after the prompt.
             skip: ``(H,)`` fp32.
 
@@ -45,6 +50,7 @@ class FFTConvDecoder:
             raise ValueError(f"FFTConvDecoder: capacity: expected at least 1, got {capacity}")
         if skip is not None and tuple(skip.shape) != (k.shape[0],):
             raise ValueError(f"FFTConvDecoder: skip: expected [{k.shape[0]}], got {list(skip.shape)}")
+        k = nn.functional.pad(k, (0, spread(k.shape[1]) - k.shape[1])).contiguous()
         self.k, self.capacity, self.skip = k, capacity, None if skip is None else skip.detach().float()
         self.position = 0
         tiles, tile = [], op.FIRST_FFT_TILE
@@ -57,7 +63,7 @@ class FFTConvDecoder:
 
     def start(self, batch: int) -> None:
         """Begin without a prompt; :meth:`step` does so by itself when nothing was begun."""
-        self._begin(torch.zeros(batch, self.k.shape[0], self.capacity, device=self.k.device))
+        self._begin(torch.zeros(batch, self.k.shape[0], spread(self.capacity), device=self.k.device))
 
     @torch.no_grad()
     def prefill(self, u: Tensor, pregate: Tensor | None = None, postgate: Tensor | None = None) -> Tensor:
@@ -73,7 +79,7 @@ class FFTConvDecoder:
             self.start(u.shape[0])
             return u.clone()
         v = u.float() if pregate is None else u.float() * pregate.float()
-        y = op.fftconv(nn.functional.pad(v, (0, self.capacity)), self.k, skip=self.skip)
+        y = op.fftconv(nn.functional.pad(v, (0, spread(self.capacity))), self.k, skip=self.skip)
         self._begin(y[..., length:].contiguous())
         prompt = y[..., :length]
         return (prompt if postgate is None else prompt * postgate.float()).to(u.dtype).contiguous()
@@ -93,7 +99,10 @@ class FFTConvDecoder:
         if self.position >= self.capacity:
             raise RuntimeError(f"FFTConvDecoder: expected at most capacity = {self.capacity} steps, got one more")
         v = x_t.float() if pregate is None else x_t.float() * pregate.float()
-        y = torch.ops.effk.fftconv_decode_step(v.contiguous(), self._x, self._y, self.k, self._specs, self.position)
+        if self.position + 1 < self.capacity:
+            y = torch.ops.effk.fftconv_decode_step(v.contiguous(), self._x, self._y, self.k, self._specs, self.position)
+        else:  # the last position adds to no other
+            y = self._y[..., self.position] + self.k[:, 0] * v
         self.position += 1
         if self.skip is not None:
             y = torch.addcmul(y, self.skip, v)
