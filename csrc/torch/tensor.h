@@ -81,13 +81,15 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, int32_t dtype, const H
 // torch's own thread pool, as the callback that drivers take. A second pool beside it would fight it for the cores.
 ParallelFor torch_pool();
 
-// A new, uninitialised, contiguous CPU tensor for the large result of a fused kernel. From 4 MiB on its memory comes from a
-// small pool of buffers in large pages that earlier results gave back: the first touch of fresh memory costs a fault per
-// 4 KiB (0.7 to 1.4 us each), as much as the arithmetic. The pool keeps at most 1/64 of the machine's memory.
-Tensor large_result(std::initializer_list<int64_t> sizes, int32_t dtype);
+// The same for the result of a kernel on the CPU. From 16 KiB on its memory comes from a small pool of buffers that earlier results
+// gave back, large ones in large pages: the first touch of fresh memory costs a fault per 4 KiB (0.7 to 1.4 us each), as much
+// as the arithmetic, and the aligned allocations of glibc before 2.38 do not reuse what was freed (its bug 14581): results of
+// 64 KiB made the heap grow by 64 KiB a call. The pool keeps at most 1/64 of the machine's memory.
+Tensor result(const int64_t* sizes, int64_t dim, int32_t dtype);
+inline Tensor result(std::initializer_list<int64_t> sizes, int32_t dtype) { return result(sizes.begin(), int64_t(sizes.size()), dtype); }
 
 // 64-byte aligned scratch of at least `bytes`, valid until this thread's next call. Grows and is kept, so that a call in
-// a decoding loop allocates nothing; what is larger than a decoding step needs goes back to the pool of large results at the
+// a decoding loop allocates nothing; what is larger than a decoding step needs goes back to the pool of results at the
 // next small call.
 void* scratch(size_t bytes);
 

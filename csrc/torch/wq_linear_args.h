@@ -182,7 +182,7 @@ inline Tensor output_like(const Input& x, int64_t columns) {
   int64_t sizes[kMaxDim];
   std::copy_n(x.view.sizes, x.view.dim, sizes);
   sizes[x.view.dim - 1] = columns;
-  return empty(sizes, x.view.dim, x.view.dtype, x.view.home);
+  return x.view.home == kCpu ? result(sizes, x.view.dim, x.view.dtype) : empty(sizes, x.view.dim, x.view.dtype, x.view.home);
 }
 
 }  // namespace effk::binding

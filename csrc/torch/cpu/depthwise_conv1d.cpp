@@ -65,7 +65,7 @@ Problem make_problem(const char* op, const Tensor& x, const Tensor& w, const Opt
 
 Tensor convolve(const Problem& p, const std::vector<float>& bias, Activation act, int32_t out_dtype, DType out) {
   const std::vector<int64_t> shape = p.shape(p.l_out);
-  Tensor y = empty(shape.data(), 3, out_dtype);
+  Tensor y = result(shape.data(), 3, out_dtype);
   const DepthwiseArgs args{p.x.data(), y.mutable_data_ptr(), p.dtype, out, p.taps.data(), bias.empty() ? nullptr : bias.data(),
                            p.b, p.h, p.k, p.l, p.l_out, p.offset(), p.channels_last, act};
   const ParallelFor pool = torch_pool();
@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const Tensor& x, c
   const ParallelFor pool = torch_pool();
   void* room = scratch(depthwise_conv1d_workspace(p.h, p.k, pool.threads));
   const std::vector<int64_t> in = p.shape(p.l);
-  Tensor gx = mask[0] ? empty(in.data(), 3, p.x.dtype) : empty({0}, p.x.dtype);
+  Tensor gx = mask[0] ? result(in.data(), 3, p.x.dtype) : empty({0}, p.x.dtype);
   if (mask[0]) {  // the same sum with the taps reversed
     std::vector<float> reversed(p.taps.size());
     for (int64_t h = 0; h < p.h; ++h) std::reverse_copy(&p.taps[h * p.k], &p.taps[h * p.k] + p.k, &reversed[h * p.k]);

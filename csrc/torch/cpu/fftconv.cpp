@@ -52,7 +52,7 @@ Tensor prepare(const Tensor& k, int64_t n_fft, const std::string& mode_text, con
   check_n_fft(op, n_fft);
   const int64_t h = view.sizes[0], taps = view.sizes[1];
   check_fits(op, mode, n_fft, taps, -1);
-  Tensor spec = large_result({int64_t(fftconv_spec_floats(h, taps, n_fft, mode, scheme))}, dtypes().f32);
+  Tensor spec = result({int64_t(fftconv_spec_floats(h, taps, n_fft, mode, scheme))}, dtypes().f32);
   const ParallelFor pool = torch_pool();
   fftconv_prepare(view.data<float>(), h, taps, n_fft, mode, scheme, static_cast<float*>(spec.mutable_data_ptr()),
                   scratch(fftconv_prepare_workspace(h, taps, n_fft, mode, scheme, pool.threads)), pool);
@@ -73,7 +73,7 @@ Tensor convolve(const Tensor& u, const Tensor& spec, const OptionalTensor& prega
   constexpr const char* op = "fftconv";
   const Rows r = make_rows(op, u, pregate, postgate, skip, kCpu);
   FftConvArgs args = make_args(op, r, spec, n_fft, mode, scheme);
-  Tensor y = large_result({r.b, r.h, r.l}, r.u.dtype);
+  Tensor y = result({r.b, r.h, r.l}, r.u.dtype);
   args.y = y.mutable_data_ptr();
   const ParallelFor pool = torch_pool();
   fftconv(args, scratch(fftconv_workspace(args, pool.threads)), pool);
@@ -98,12 +98,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(const Tensor& gy, co
   EFFK_CHECK(!mask[1] || k_len == taps, op, ": k_len: expected ", taps, " as spec was prepared from, got ", k_len);
   args.k_len = k_len;
   const auto like = [&](bool wanted, void*& data) {
-    Tensor t = wanted ? large_result({r.b, r.h, r.l}, r.u.dtype) : empty({0}, r.u.dtype);
+    Tensor t = wanted ? result({r.b, r.h, r.l}, r.u.dtype) : empty({0}, r.u.dtype);
     if (wanted) data = t.mutable_data_ptr();
     return t;
   };
   Tensor gu = like(mask[0], args.gu), gpre = like(mask[2], args.gpre), gpost = like(mask[3], args.gpost);
-  Tensor gk = mask[1] ? large_result({r.h, k_len}, dtypes().f32) : empty({0}, dtypes().f32);
+  Tensor gk = mask[1] ? result({r.h, k_len}, dtypes().f32) : empty({0}, dtypes().f32);
   Tensor gskip = mask[4] ? empty({r.h}, dtypes().f32) : empty({0}, dtypes().f32);
   if (mask[1]) args.gk = static_cast<float*>(gk.mutable_data_ptr());
   if (mask[4]) args.gskip = static_cast<float*>(gskip.mutable_data_ptr());
@@ -131,7 +131,7 @@ Tensor decode_prepare(const Tensor& k, int64_t tile) {
   const int64_t used = std::min(taps, lags);
   constexpr auto mode = spectrum::Mode::causal;
   constexpr auto scheme = spectrum::Scheme::fft;
-  Tensor spec = large_result({int64_t(fftconv_spec_floats(h, used, n_fft, mode, scheme))}, dtypes().f32);
+  Tensor spec = result({int64_t(fftconv_spec_floats(h, used, n_fft, mode, scheme))}, dtypes().f32);
   const ParallelFor pool = torch_pool();
   fftconv_prepare(rows, h, used, n_fft, mode, scheme, static_cast<float*>(spec.mutable_data_ptr()),
                   scratch(fftconv_prepare_workspace(h, used, n_fft, mode, scheme, pool.threads)), pool);
@@ -168,7 +168,7 @@ Tensor decode_step(const Tensor& x_t, Tensor xbuf, Tensor ybuf, const Tensor& k,
     const int64_t needed = log2_of(tile / kDecodeTile) + 1;
     EFFK_CHECK(int64_t(specs.size()) >= needed, op, ": specs: expected at least ", needed, " at t = ", t, ", got ", specs.size());
   }
-  Tensor out = empty({b, h}, d.f32);
+  Tensor out = result({b, h}, d.f32);
   DecodeArgs args{now.data<float>(), static_cast<float*>(out.mutable_data_ptr()), static_cast<float*>(xbuf.mutable_data_ptr()),
                   static_cast<float*>(ybuf.mutable_data_ptr()), taps.data<float>(), prepared.data(), b, h, capacity, taps.sizes[1], t};
   const ParallelFor pool = torch_pool();

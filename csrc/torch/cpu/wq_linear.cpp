@@ -92,7 +92,7 @@ WqWeight cut_tiles(WqWeight w, int64_t begin, int64_t end) {
 }
 
 Tensor dequantize_checked(const WqWeight& w) {
-  Tensor out = empty({w.n, w.k}, dtypes().f32);
+  Tensor out = result({w.n, w.k}, dtypes().f32);
   float* rows = static_cast<float*>(out.mutable_data_ptr());
   const int64_t tile_values = t16::kTileRows * w.k;
   const int64_t grain = 1 + 65536 / tile_values;  // about 50 us of work: well above the cost of a parallel region
