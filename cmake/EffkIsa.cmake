@@ -23,14 +23,18 @@ set(EFFK_FLAGS_avx512bf16 ${avx512vnni} -mavx512bf16)
 set(EFFK_WARNINGS_avx512 $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized> $<$<CXX_COMPILER_ID:GNU>:-Wno-maybe-uninitialized>)
 
 # effk_collect_ops(op...) makes
-#   EFFK_BASELINE_SOURCES   csrc/ops/<op>/{driver,pack,plan,scalar}.cpp, compiled with baseline flags
+#   EFFK_BASELINE_SOURCES   csrc/ops/<op>/{driver,pack,plan,gradient,scalar}.cpp, compiled with baseline flags
 #   effk_<tier>             object library of csrc/ops/<op>/<tier>.cpp; an op without such a file has no kernel of the tier
 #   EFFK_TIER_OBJECTS       their objects, for the link line
+# csrc/gemm, the matrix products that several ops call, is laid out like an op.
 function(effk_collect_ops)
   set(baseline "")
-  foreach(op ${ARGN})
-    foreach(part driver pack plan scalar)
-      set(file ${PROJECT_SOURCE_DIR}/csrc/ops/${op}/${part}.cpp)
+  set(folders ${ARGN})
+  list(TRANSFORM folders PREPEND ops/)
+  list(APPEND folders gemm)
+  foreach(folder ${folders})
+    foreach(part driver pack plan gradient scalar)
+      set(file ${PROJECT_SOURCE_DIR}/csrc/${folder}/${part}.cpp)
       if(EXISTS ${file})
         list(APPEND baseline ${file})
       endif()
@@ -39,8 +43,8 @@ function(effk_collect_ops)
   set(objects "")
   foreach(tier ${EFFK_TIERS})
     set(sources "")
-    foreach(op ${ARGN})
-      set(file ${PROJECT_SOURCE_DIR}/csrc/ops/${op}/${tier}.cpp)
+    foreach(folder ${folders})
+      set(file ${PROJECT_SOURCE_DIR}/csrc/${folder}/${tier}.cpp)
       if(EXISTS ${file})
         list(APPEND sources ${file})
       endif()

@@ -6,7 +6,9 @@
 #include <tuple>
 #include <vector>
 
+#include "formats/panel.h"
 #include "formats/t16.h"
+#include "gemm/kernels.h"
 #include "isa/isa.h"
 #include "ops/depthwise_conv1d/kernels.h"
 #include "ops/fftconv/kernels.h"
@@ -63,23 +65,28 @@ py::list kernel_table() {
     rows.append(kernel_row("fftconv", fft::kKernels[i]->name, fft::kKernels[i]->tier, "fp32", false));
   for (int i = 0; i < depthwise::kKernelCount; ++i)
     rows.append(kernel_row("depthwise_conv1d", depthwise::kKernels[i]->name, depthwise::kKernels[i]->tier, "fp32", false));
+  for (const char* op : {"dense_linear", "dyad_linear"})  // both run on csrc/gemm
+    for (int i = 0; i < gemm::kKernelCount; ++i) {
+      const gemm::Kernel& kernel = *gemm::kKernels[i];
+      rows.append(kernel_row(op, kernel.name, kernel.tier, kernel.form == gemm::Form::bf16 ? "bf16" : "fp32", kernel.needs_bf16));
+    }
   return rows;
 }
 
-template <class T> T one_of(const char* what, const std::string& got, std::initializer_list<std::pair<const char*, T>> known) {
+template <class T> T one_of(const char* op, const char* what, const std::string& got, std::initializer_list<std::pair<const char*, T>> known) {
   std::string names;
   for (const auto& [name, value] : known) {
     if (got == name) return value;
     names += std::string(names.empty() ? "'" : ", '") + name + "'";
   }
-  throw py::value_error(std::string("fftconv: ") + what + ": expected one of " + names + ", got '" + got + "'");
+  throw py::value_error(std::string(op) + ": " + what + ": expected one of " + names + ", got '" + got + "'");
 }
 spectrum::Mode mode_of(const std::string& mode) {
-  return one_of<spectrum::Mode>("mode", mode, {{"causal", spectrum::Mode::causal}, {"circular", spectrum::Mode::circular},
+  return one_of<spectrum::Mode>("fftconv", "mode", mode, {{"causal", spectrum::Mode::causal}, {"circular", spectrum::Mode::circular},
                                                {"bidirectional", spectrum::Mode::bidirectional}});
 }
 spectrum::Scheme scheme_of(const std::string& scheme) {
-  return one_of<spectrum::Scheme>("scheme", scheme, {{"auto", spectrum::Scheme::automatic}, {"fft", spectrum::Scheme::fft},
+  return one_of<spectrum::Scheme>("fftconv", "scheme", scheme, {{"auto", spectrum::Scheme::automatic}, {"fft", spectrum::Scheme::fft},
                                                      {"overlap_save", spectrum::Scheme::overlap_save}, {"direct", spectrum::Scheme::direct}});
 }
 size_t spec_floats(int64_t h, int64_t taps, int64_t n_fft, const std::string& mode, const std::string& scheme) {
@@ -88,6 +95,16 @@ size_t spec_floats(int64_t h, int64_t taps, int64_t n_fft, const std::string& mo
 size_t decode_floats(int64_t h, int64_t tile) { return spectrum::kHeaderFloats + size_t(h * 2 * decode_points(tile)); }
 std::string fft_plan(int64_t n_fft, int64_t taps, const std::string& mode, const std::string& scheme) {
   return fft::describe(taps, n_fft, mode_of(mode), scheme_of(scheme));
+}
+
+int64_t panel_bytes(panel::Kind kind, int64_t n, int64_t d_out, int64_t d_in, const std::string& dtype) {
+  const DType type = one_of<DType>("panels", "dtype", dtype, {{"fp32", DType::f32}, {"bf16", DType::bf16}, {"fp16", DType::f16}});
+  return panel::Shape{kind, type, n, d_out, d_in}.bytes();
+}
+int64_t dense_packed_bytes(int64_t f_out, int64_t f_in, const std::string& dtype) { return panel_bytes(panel::Kind::dense, 1, f_out, f_in, dtype); }
+int64_t dyad_packed_bytes(int64_t n, int64_t d_out, int64_t d_in, const std::string& variant, const std::string& dtype) {
+  using panel::Kind;
+  return panel_bytes(one_of<Kind>("panels", "variant", variant, {{"it", Kind::it}, {"ot", Kind::ot}, {"dt", Kind::dt}}), n, d_out, d_in, dtype);
 }
 
 // For each code, row by row: (byte of the low bits, their shift, byte of the high bit, its shift); the last two are
@@ -115,6 +132,7 @@ py::dict build_info() {
                          std::to_string((EFFK_TORCH_TARGET >> 48) & 0xff);
   info["cuda"] = EFFK_CUDA_INFO;
   info["t16_version"] = t16::kVersion;
+  info["panel_version"] = panel::kVersion;
   return info;
 }
 
@@ -133,6 +151,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("fftconv_spec_floats", &spec_floats, py::arg("h"), py::arg("k"), py::arg("n_fft"), py::arg("mode"), py::arg("scheme"));
   m.def("fftconv_decode_floats", &decode_floats, py::arg("h"), py::arg("tile"));
   m.def("fftconv_plan", &fft_plan, py::arg("n_fft"), py::arg("k"), py::arg("mode"), py::arg("scheme"), "one line");
+  m.def("dense_packed_bytes", &dense_packed_bytes, py::arg("f_out"), py::arg("f_in"), py::arg("dtype"));
+  m.def("dyad_packed_bytes", &dyad_packed_bytes, py::arg("n"), py::arg("d_out"), py::arg("d_in"), py::arg("variant"), py::arg("dtype"));
   m.def("tile_map", &tile_map, py::arg("n"), py::arg("k"), py::arg("bits"));
   m.def("build_info", &build_info);
 }

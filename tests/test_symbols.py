@@ -47,7 +47,7 @@ def test_symbols_live_in_the_namespace_of_the_tier(tier: str) -> None:
     for path in objects(tier):
         for line in output("nm", "-C", "--defined-only", "--extern-only", path).splitlines():
             name = line.split(maxsplit=2)[2]
-            assert re.fullmatch(r"effk::(wq|fft|depthwise)::kAvx\w+", name), f"{path.name}: {name}"
+            assert re.fullmatch(r"effk::(wq|fft|depthwise|gemm)::kAvx\w+", name), f"{path.name}: {name}"
 
 
 @pytest.mark.parametrize(
@@ -120,6 +120,6 @@ def test_exports_are_few() -> None:
     ours = {name.split("(")[0] for name in exported if name.startswith("effk::")}
     linked = {f"effk::isa::{f}" for f in ("name", "parse", "detected", "detected_bf16", "active", "has_bf16", "force",
                                           "environment_error")}  # fmt: skip
-    linked |= {f"effk::{family}::kKernel{what}" for family in ("wq", "fft", "depthwise") for what in ("s", "Count")}
+    linked |= {f"effk::{family}::kKernel{what}" for family in ("wq", "fft", "depthwise", "gemm") for what in ("s", "Count")}
     linked |= {"effk::fft::describe[abi:cxx11]", "effk::fftconv_spec_floats"}
     assert ours <= linked

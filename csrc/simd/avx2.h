@@ -56,8 +56,12 @@ EFFK_INLINE vi round_to_int(vf v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtp
 EFFK_INLINE vf add_f(vf a, vf b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
 EFFK_INLINE vf sub_f(vf a, vf b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
 EFFK_INLINE vf mul_f(vf a, vf b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+EFFK_INLINE vf div_f(vf a, vf b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
+EFFK_INLINE vf min_f(vf a, vf b) { return {_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)}; }
+EFFK_INLINE vf max_f(vf a, vf b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
 EFFK_INLINE vf fma(vf a, vf b, vf c) { return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)}; }
 EFFK_INLINE vf fnma(vf a, vf b, vf c) { return {_mm256_fnmadd_ps(a.a, b.a, c.a), _mm256_fnmadd_ps(a.b, b.b, c.b)}; }
+EFFK_INLINE vf mac(vf a, vf b, vf c) { return fma(a, b, c); }
 EFFK_INLINE int32_t reduce_max_i(vi v) {
   const __m256i m = _mm256_max_epi32(v.a, v.b);
   __m128i n = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
@@ -158,6 +162,7 @@ EFFK_INLINE __m256i to_bf16_half(__m256 v) {  // bf16 in the low half of each 32
   const __m256i q = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
   return _mm256_blendv_epi8(r, q, _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
 }
+EFFK_INLINE vi bf16_bits(vf v) { return {to_bf16_half(v.a), to_bf16_half(v.b)}; }
 EFFK_INLINE void store_bf16(void* p, vf v) {
   const __m256i w = _mm256_permute4x64_epi64(_mm256_packus_epi32(to_bf16_half(v.a), to_bf16_half(v.b)), 0xD8);
   _mm256_storeu_si256(static_cast<__m256i*>(p), w);

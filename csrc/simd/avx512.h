@@ -52,8 +52,12 @@ EFFK_INLINE vi round_to_int(vf v) { return _mm512_cvtps_epi32(v); }
 EFFK_INLINE vf add_f(vf a, vf b) { return _mm512_add_ps(a, b); }
 EFFK_INLINE vf sub_f(vf a, vf b) { return _mm512_sub_ps(a, b); }
 EFFK_INLINE vf mul_f(vf a, vf b) { return _mm512_mul_ps(a, b); }
+EFFK_INLINE vf div_f(vf a, vf b) { return _mm512_div_ps(a, b); }
+EFFK_INLINE vf min_f(vf a, vf b) { return _mm512_min_ps(a, b); }  // of min and max: b, if one is NaN
+EFFK_INLINE vf max_f(vf a, vf b) { return _mm512_max_ps(a, b); }
 EFFK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 EFFK_INLINE vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
+EFFK_INLINE vf mac(vf a, vf b, vf c) { return fma(a, b, c); }  // a b + c, rounded as is fastest: once, or twice on the portable tier
 EFFK_INLINE int32_t reduce_max_i(vi v) { return _mm512_reduce_max_epi32(v); }
 // Folded by halves: lane i + 8 to lane i, then 4, 2, 1.
 EFFK_INLINE float reduce_add_f(vf v) {
@@ -135,13 +139,13 @@ EFFK_INLINE vi load_u8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si
 EFFK_INLINE void store_f16(void* p, vf v) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-EFFK_INLINE void store_bf16(void* p, vf v) {
+EFFK_INLINE vi bf16_bits(vf v) {  // in the low half of each lane
   const vi u = as_int(v);
   const vi even = bits_and(_mm512_srli_epi32(u, 16), set_i(1));
-  vi r = _mm512_srli_epi32(add_i(add_i(u, set_i(0x7fff)), even), 16);
-  r = _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_srli_epi32(u, 16), set_i(0x40));
-  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+  const vi r = _mm512_srli_epi32(add_i(add_i(u, set_i(0x7fff)), even), 16);
+  return _mm512_mask_or_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_srli_epi32(u, 16), set_i(0x40));
 }
+EFFK_INLINE void store_bf16(void* p, vf v) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(bf16_bits(v))); }
 // 16 x int32 in [-128, 127] to 16 bytes.
 EFFK_INLINE void store_s8(void* p, vi v) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 // In assembly: g++ finds a lambda that only prefetches free of effects, and drops it. prefetch_once is for lines that are

@@ -54,8 +54,12 @@ EFFK_INLINE vi round_to_int(vf a) { return make_i([&](int l) { return int32_t(st
 EFFK_INLINE vf add_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] + b.v[l]; }); }
 EFFK_INLINE vf sub_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] - b.v[l]; }); }
 EFFK_INLINE vf mul_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] * b.v[l]; }); }
+EFFK_INLINE vf div_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] / b.v[l]; }); }
+EFFK_INLINE vf min_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] < b.v[l] ? a.v[l] : b.v[l]; }); }
+EFFK_INLINE vf max_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] > b.v[l] ? a.v[l] : b.v[l]; }); }
 EFFK_INLINE vf fma(vf a, vf b, vf c) { return make_f([&](int l) { return std::fmaf(a.v[l], b.v[l], c.v[l]); }); }
 EFFK_INLINE vf fnma(vf a, vf b, vf c) { return make_f([&](int l) { return std::fmaf(-a.v[l], b.v[l], c.v[l]); }); }
+EFFK_INLINE vf mac(vf a, vf b, vf c) { return make_f([&](int l) { return a.v[l] * b.v[l] + c.v[l]; }); }
 EFFK_INLINE int32_t reduce_max_i(vi a) { int32_t m = a.v[0]; for (int l = 1; l < 16; ++l) m = a.v[l] > m ? a.v[l] : m; return m; }
 EFFK_INLINE float reduce_add_f(vf a) {
   for (int half = 8; half; half /= 2) for (int l = 0; l < half; ++l) a.v[l] += a.v[l + half];
@@ -99,6 +103,7 @@ EFFK_INLINE vf load_f32_part(const void* p, int count) {
 EFFK_INLINE vf load_bf16(const void* p) { return make_f([=](int l) { return bf16_to_float(half_at(p, l)); }); }
 EFFK_INLINE vi load_u8(const void* p) { return make_i([=](int l) { return static_cast<const uint8_t*>(p)[l]; }); }
 EFFK_INLINE void store_f16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_f16(a.v[l])); }
+EFFK_INLINE vi bf16_bits(vf a) { return make_i([&](int l) { return float_to_bf16(a.v[l]); }); }
 EFFK_INLINE void store_bf16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_bf16(a.v[l])); }
 EFFK_INLINE void store_s8(void* p, vi a) { for (int l = 0; l < 16; ++l) static_cast<int8_t*>(p)[l] = int8_t(a.v[l]); }
 EFFK_INLINE void prefetch(const void*) {}

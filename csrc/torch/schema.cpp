@@ -36,6 +36,23 @@ const OpSchema kSchemas[] = {
     {"depthwise_conv1d_backward",
      "(Tensor gy, Tensor x, Tensor w, Tensor? bias, int pad_left, int pad_right, str layout, str act, bool[] mask)"
      " -> (Tensor, Tensor, Tensor)"},
+    {"dense_pack", "(Tensor w, str dtype) -> Tensor"},
+    {"dense_linear", "(Tensor x, Tensor packed, int f_out, Tensor? bias, str act) -> Tensor"},
+    {"dense_unpack", "(Tensor packed, int f_out, int f_in) -> Tensor"},
+    {"dyad_linear", "(Tensor x, Tensor wl, Tensor wu, Tensor? bias, str variant, str layout, str act) -> Tensor"},
+    {"dyad_linear_backward",
+     "(Tensor gy, Tensor x, Tensor wl, Tensor wu, str variant, str layout, bool[] mask)"
+     " -> (Tensor gx, Tensor gwl, Tensor gwu, Tensor gb)"},
+    {"dyad_pack", "(Tensor wl, Tensor wu, str variant, str dtype) -> Tensor"},
+    {"dyad_linear_packed",
+     "(Tensor x, Tensor packed, int f_out, Tensor? bias, str variant, str layout, str act) -> Tensor"},
+    {"dyad_ff",
+     "(Tensor x, Tensor packed1, Tensor? b1, Tensor packed2, Tensor? b2, int f_hidden, int f_out, str act, str variant)"
+     " -> Tensor"},
+    {"dyad_to_dense", "(Tensor wl, Tensor wu, str variant) -> Tensor"},
+    {"dyad_wq_linear",
+     "(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? bias, int n_dyad, int f_out,"
+     " int f_in, int bits, int group_size, str variant, str compute) -> Tensor"},
     {"fftconv_decode_prepare", "(Tensor k, int tile) -> Tensor"},
     {"fftconv_decode_step", "(Tensor x_t, Tensor(a!) xbuf, Tensor(b!) ybuf, Tensor k, Tensor[] specs, int t) -> Tensor"},
 };

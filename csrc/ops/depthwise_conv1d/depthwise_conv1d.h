@@ -10,12 +10,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 #include "common/parallel.h"
 
 namespace effk {
-
-enum class Activation : int32_t { none = 0, silu = 1 };
 
 struct DepthwiseArgs {
   const void* x;
@@ -27,7 +26,7 @@ struct DepthwiseArgs {
   int64_t l_in, l_out;
   int64_t offset;             // y[t] meets x[t + offset - j]
   bool channels_last;
-  Activation act;
+  Activation act;             // none or silu
 };
 
 // taps_sum[h, j] = sum_{b,t} g[b, h, t] x[b, h, t + offset - j];  bias_sum[h] = sum_{b,t} g[b, h, t]; either may be null.

@@ -71,6 +71,19 @@ void wq_unpack(const uint8_t* packed, const void* scales_p, const uint8_t* zeros
   if (zeros_p) from_tiles(zeros_p, zeros, n, groups, 1);
 }
 
+WqWeight wq_cut(WqWeight w, int64_t begin, int64_t end) {
+  const int64_t first = begin * t16::kTileRows;
+  const int64_t group_rows = t16::groups(w.k, w.group) * t16::kTileRows;
+  w.packed += begin * t16::chunks(w.k, w.bits) * t16::chunk_bytes(w.bits);
+  w.scales = static_cast<const uint8_t*>(w.scales) + begin * group_rows * (w.scales_f32 ? 4 : 2);
+  if (w.zeros) w.zeros += begin * group_rows;
+  if (w.codebook_per_row) w.codebook += begin * (int64_t(1) << w.bits) * t16::kTileRows;
+  if (w.out_ptr) w.out_ptr += first;  // its entries stay offsets into the whole list
+  if (w.bias) w.bias = static_cast<const uint8_t*>(w.bias) + first * (w.bias_dtype == DType::f32 ? 4 : 2);
+  w.n = (w.n < end * t16::kTileRows ? w.n : end * t16::kTileRows) - first;
+  return w;
+}
+
 void wq_dequantize(const WqWeight& w, float* out) {
   const int64_t groups = t16::groups(w.k, w.group), span = w.group ? w.group : w.k;
   for (int64_t r = 0; r < w.n; ++r) {

@@ -65,6 +65,7 @@ void wq_pack(const uint8_t* qweight, const void* scales, const uint8_t* zeros, i
              int scale_bytes, uint8_t* packed, void* scales_p, uint8_t* zeros_p);
 void wq_unpack(const uint8_t* packed, const void* scales_p, const uint8_t* zeros_p, int64_t n, int64_t k, int bits, int64_t group,
                int scale_bytes, uint8_t* qweight, void* scales, uint8_t* zeros);
+WqWeight wq_cut(WqWeight, int64_t begin, int64_t end);  // its rows [16 begin, 16 end), a view: the outer index of every array is the tile
 void wq_dequantize(const WqWeight&, float* w);  // includes outliers: the dense code under one is its zero point
 
 }  // namespace effk

@@ -78,26 +78,13 @@ std::vector<Tensor> multi_linear(const Tensor& x, std::vector<Tensor> packed, st
   return ys;
 }
 
-// Rows [16 * begin, 16 * end) of a weight: the outer index of every packed array is the tile.
-WqWeight cut_tiles(WqWeight w, int64_t begin, int64_t end) {
-  const int64_t first = begin * t16::kTileRows;
-  const int64_t group_rows = t16::groups(w.k, w.group) * t16::kTileRows;
-  w.packed += begin * t16::chunks(w.k, w.bits) * t16::chunk_bytes(w.bits);
-  w.scales = static_cast<const uint8_t*>(w.scales) + begin * group_rows * (w.scales_f32 ? 4 : 2);
-  if (w.zeros) w.zeros += begin * group_rows;
-  if (w.codebook_per_row) w.codebook += begin * (int64_t(1) << w.bits) * t16::kTileRows;
-  if (w.out_ptr) w.out_ptr += first;  // its entries stay offsets into the whole list
-  w.n = std::min(w.n, end * t16::kTileRows) - first;
-  return w;
-}
-
 Tensor dequantize_checked(const WqWeight& w) {
   Tensor out = result({w.n, w.k}, dtypes().f32);
   float* rows = static_cast<float*>(out.mutable_data_ptr());
   const int64_t tile_values = t16::kTileRows * w.k;
   const int64_t grain = 1 + 65536 / tile_values;  // about 50 us of work: well above the cost of a parallel region
   parallel_for(torch_pool(), t16::tiles(w.n), grain, [&](int64_t begin, int64_t end) {
-    wq_dequantize(cut_tiles(w, begin, end), rows + begin * tile_values);
+    wq_dequantize(wq_cut(w, begin, end), rows + begin * tile_values);
   });
   return out;
 }

@@ -1,0 +1,146 @@
+// Gradients of DYAD weights: products over the tokens, a chunk of them at a time. Compiled with baseline flags.
+#include <algorithm>
+
+#include "gemm/choose.h"
+#include "gemm/gemm.h"
+
+namespace effk::gemm {
+namespace {
+
+constexpr int64_t kChunkTokens = 512;     // a multiple of every unit of k
+constexpr int64_t kRowBlocks = 8, kColumnTiles = 24;  // of the gradient that one item makes
+
+struct GradientPlan {
+  const Kernel* k;
+  DType panels;
+  bool first_gy, second_gy, first_x, second_x;  // which operands the wanted gradients need, as they are and by residues
+  int64_t f_in, f_out, blocks, tiles, units, tile_bytes, a_bytes, b_bytes, x2_bytes, gy2_bytes, sum_floats;
+
+  GradientPlan(const GradientArgs& g) {
+    k = &choose(g.dtype, g.dtype);
+    panels = k->form == Form::bf16 ? DType::bf16 : DType::f32;
+    const bool rows = g.kind == panel::Kind::ot || g.kind == panel::Kind::dt;
+    const bool columns = g.kind == panel::Kind::it || g.kind == panel::Kind::dt;
+    first_gy = g.gwl || (g.gwu && !rows);
+    second_gy = g.gwu && rows;
+    first_x = g.gwl || (g.gwu && !columns);
+    second_x = g.gwu && columns;
+    f_in = g.n * g.d_in;
+    f_out = g.n * g.d_out;
+    blocks = ceil_div(g.d_out, k->rows);
+    tiles = panel::tiles(g.d_in);
+    const int64_t depth = panel::padded(std::min(kChunkTokens, g.tokens), panels);
+    units = depth / unit_k(k->form);
+    tile_bytes = depth * panel::kColumns * bytes_of(panels);
+    a_bytes = g.n * blocks * k->rows * units * kUnitBytes;
+    b_bytes = g.n * tiles * tile_bytes;
+    const int64_t tokens = std::min(kChunkTokens, g.tokens);
+    x2_bytes = second_x && !g.features ? aligned(tokens * f_in * bytes_of(g.dtype)) : 0;
+    gy2_bytes = second_gy && !g.features ? aligned(tokens * f_out * bytes_of(g.dtype)) : 0;
+    sum_floats = g.w_dtype == DType::f32 ? 0 : (g.n * g.d_out * g.d_in + 15) / 16 * 16;
+  }
+  int64_t bytes() const { return 2 * (a_bytes + b_bytes) + x2_bytes + gy2_bytes + 2 * sum_floats * 4; }
+};
+
+}  // namespace
+
+size_t gradient_workspace(const GradientArgs& g, int) {
+  if (g.tokens == 0 || !(g.gwl || g.gwu)) return 0;
+  return size_t(GradientPlan(g).bytes());
+}
+
+void gradient(const GradientArgs& g, void* workspace, const ParallelFor& pf) {
+  const int64_t count = g.n * g.d_out * g.d_in;
+  if (g.tokens == 0) {
+    for (void* w : {g.gwl, g.gwu})
+      if (w) std::fill_n(static_cast<char*>(w), count * bytes_of(g.w_dtype), char(0));
+    return;
+  }
+  if (!g.gwl && !g.gwu) return;
+  const GradientPlan p(g);
+  const Kernel& k = *p.k;
+  char* room = static_cast<char*>(workspace);
+  char *a[2] = {room, room + p.a_bytes}, *b[2] = {room + 2 * p.a_bytes, room + 2 * p.a_bytes + p.b_bytes};
+  char* x2 = room + 2 * (p.a_bytes + p.b_bytes);
+  char* gy2 = x2 + p.x2_bytes;
+  float* sums = reinterpret_cast<float*>(gy2 + p.gy2_bytes);
+  float* c[2] = {p.sum_floats ? sums : static_cast<float*>(g.gwl), p.sum_floats ? sums + p.sum_floats : static_cast<float*>(g.gwu)};
+  const int size = int(bytes_of(g.dtype));
+
+  // Element (i, t) of column i of a matrix [tokens, width] or its transpose, i = d * side + j or j * n + d.
+  const auto source = [&](const void* m, const void* by_residue, bool second, int64_t width, int64_t side, int64_t d, int64_t j, int64_t t0) {
+    if (g.features) return Source{shifted(m, (second ? j * g.n + d : d * side + j) * g.tokens + t0, g.dtype), g.dtype, second ? g.n * g.tokens : g.tokens, 1};
+    if (second) return Source{shifted(by_residue, d * side + j, g.dtype), g.dtype, 1, width};
+    return Source{shifted(m, t0 * width + d * side + j, g.dtype), g.dtype, 1, width};
+  };
+  for (int64_t t0 = 0; t0 < g.tokens; t0 += kChunkTokens) {
+    const int64_t tokens = std::min(kChunkTokens, g.tokens - t0), depth = panel::padded(tokens, p.panels), units = depth / unit_k(k.form);
+    if (p.x2_bytes || p.gy2_bytes)
+      parallel_for(pf, tokens, 16, [&](int64_t r0, int64_t r1) {
+        for (int64_t r = r0; r < r1; ++r) {
+          if (p.x2_bytes) k.deinterleave(shifted(g.x, (t0 + r) * p.f_in, g.dtype), size, g.d_in, g.n, x2 + r * p.f_in * size, g.d_in);
+          if (p.gy2_bytes) k.deinterleave(shifted(g.gy, (t0 + r) * p.f_out, g.dtype), size, g.d_out, g.n, gy2 + r * p.f_out * size, g.d_out);
+        }
+      });
+    const int64_t a_items = g.n * p.blocks, b_items = g.n * p.tiles;
+    parallel_for(pf, 2 * (a_items + b_items), 4, [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; ++i) {
+        if (i < 2 * a_items) {
+          const bool second = i >= a_items;
+          if (!(second ? p.second_gy : p.first_gy)) continue;
+          const int64_t d = i % a_items / p.blocks, o = i % p.blocks * k.rows;
+          const Source s = source(g.gy, gy2, second, p.f_out, g.d_out, d, o, t0);
+          k.pack_rows(s, int(std::min<int64_t>(k.rows, g.d_out - o)), tokens, units, a[second] + i % a_items * k.rows * p.units * kUnitBytes);
+        } else {
+          const int64_t l = i - 2 * a_items;
+          const bool second = l >= b_items;
+          if (!(second ? p.second_x : p.first_x)) continue;
+          const int64_t d = l % b_items / p.tiles, j = l % p.tiles * panel::kColumns;
+          const Source s = source(g.x, x2, second, p.f_in, g.d_in, d, j, t0);
+          k.pack_tile(s, int(std::min<int64_t>(panel::kColumns, g.d_in - j)), tokens, p.panels, b[second] + l % b_items * p.tile_bytes);
+        }
+      }
+    });
+    const int64_t row_items = ceil_div(p.blocks, kRowBlocks), column_items = ceil_div(p.tiles, kColumnTiles), items = row_items * column_items;
+    parallel_for(pf, 2 * g.n * items, 1, [&](int64_t i0, int64_t i1) {
+      for (int64_t i = i0; i < i1; ++i) {
+        const int component = int(i / (g.n * items));
+        if (!(component ? g.gwu : g.gwl)) continue;
+        const int64_t d = i / items % g.n, b0 = i % row_items * kRowBlocks, j0 = i % items / row_items * kColumnTiles;
+        const char* rows = a[component && p.second_gy] + d * p.blocks * k.rows * p.units * kUnitBytes;
+        const char* columns = b[component && p.second_x] + d * p.tiles * p.tile_bytes;
+        const int64_t j1 = std::min(j0 + kColumnTiles, p.tiles);
+        for (int64_t j = j0, step; j < j1; j += step) {
+          step = next_tiles(j1 - j, k.tiles);
+          const int last = int(std::min<int64_t>(panel::kColumns, g.d_in - (j + step - 1) * panel::kColumns));
+          for (int64_t r = b0; r < std::min(b0 + kRowBlocks, p.blocks); ++r)
+            k.multiply({rows + r * k.rows * p.units * kUnitBytes, reinterpret_cast<const uint8_t*>(columns + j * p.tile_bytes), p.tile_bytes, units,
+                        nullptr, t0 > 0, c[component] + (d * g.d_out + r * k.rows) * g.d_in + j * panel::kColumns, g.d_in,
+                        int(std::min<int64_t>(k.rows, g.d_out - r * k.rows)), int(step), last, p.panels});
+        }
+      }
+    });
+  }
+  if (p.sum_floats)
+    parallel_for(pf, g.n * g.d_out, 64, [&](int64_t r0, int64_t r1) {
+      for (int i = 0; i < 2; ++i)
+        if (void* w = i ? g.gwu : g.gwl)
+          k.finish(c[i] + r0 * g.d_in, g.d_in, r1 - r0, g.d_in, {shifted(w, r0 * g.d_in, g.w_dtype), g.w_dtype, g.d_in, 1, Activation::none});
+    });
+}
+
+void column_sums(const void* gy, DType dtype, bool features, int64_t tokens, int64_t columns, float* sum, const ParallelFor& pf) {
+  const Kernel& k = choose(DType::f32, DType::f32);
+  const int64_t tiles = panel::tiles(columns), grain = ceil_div(16 << 10, (tokens + 1) * panel::kColumns);
+  parallel_for(pf, tiles, grain, [&](int64_t i0, int64_t i1) {
+    for (int64_t i = i0; i < i1; ++i) {
+      const int64_t j = i * panel::kColumns;
+      const int part = int(std::min<int64_t>(panel::kColumns, columns - j));
+      float whole[panel::kColumns];
+      k.sums(features ? Source{shifted(gy, j * tokens, dtype), dtype, tokens, 1} : Source{shifted(gy, j, dtype), dtype, 1, columns}, part, tokens, whole);
+      std::copy_n(whole, part, sum + j);
+    }
+  });
+}
+
+}  // namespace effk::gemm
