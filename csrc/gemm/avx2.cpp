@@ -9,7 +9,7 @@
 namespace effk::gemm {
 namespace tier = effk::avx2;
 
-extern const Kernel kAvx2{isa::Tier::avx2, false, Form::fp32, "avx2:fp32", EFFK_GEMM_ROWS, EFFK_GEMM_TILES,
+extern const Kernel kAvx2{isa::Tier::avx2, false, Form::fp32, "avx2:gemm:fp32", EFFK_GEMM_ROWS, EFFK_GEMM_TILES,
                       tier::pack_rows<Form::fp32>, tier::pack_tile, tier::multiply<Form::fp32>, tier::finish, tier::deinterleave,
                       tier::interleave_add, tier::sums};
 

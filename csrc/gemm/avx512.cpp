@@ -9,7 +9,7 @@
 namespace effk::gemm {
 namespace tier = effk::avx512;
 
-extern const Kernel kAvx512{isa::Tier::avx512, false, Form::fp32, "avx512:fp32", EFFK_GEMM_ROWS, EFFK_GEMM_TILES,
+extern const Kernel kAvx512{isa::Tier::avx512, false, Form::fp32, "avx512:gemm:fp32", EFFK_GEMM_ROWS, EFFK_GEMM_TILES,
                       tier::pack_rows<Form::fp32>, tier::pack_tile, tier::multiply<Form::fp32>, tier::finish, tier::deinterleave,
                       tier::interleave_add, tier::sums};
 

@@ -9,7 +9,7 @@
 namespace effk::gemm {
 namespace tier = effk::avx512bf16;
 
-extern const Kernel kAvx512Bf16{isa::Tier::avx512vnni, true, Form::bf16, "avx512bf16:bf16", EFFK_GEMM_ROWS, EFFK_GEMM_TILES,
+extern const Kernel kAvx512Bf16{isa::Tier::avx512vnni, true, Form::bf16, "avx512vnni:gemm:bf16", EFFK_GEMM_ROWS, EFFK_GEMM_TILES,
                       tier::pack_rows<Form::bf16>, tier::pack_tile, tier::multiply<Form::bf16>, tier::finish, tier::deinterleave,
                       tier::interleave_add, tier::sums};
 

@@ -66,6 +66,6 @@ void gradient(const GradientArgs&, void* workspace, const ParallelFor&);
 // sum[j] over tokens of gy[t, j].
 void column_sums(const void* gy, DType dtype, bool features, int64_t tokens, int64_t columns, float* sum, const ParallelFor&);
 
-const char* kernel_name(DType x, DType panels);  // what a call would use, e.g. "avx512:fp32"
+const char* kernel_name(DType x, DType panels);  // what a call would use, e.g. "avx512:gemm:fp32"
 
 }  // namespace effk::gemm

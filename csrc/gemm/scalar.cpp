@@ -9,7 +9,7 @@
 namespace effk::gemm {
 namespace tier = effk::scalar;
 
-extern const Kernel kScalar{isa::Tier::scalar, false, Form::fp32, "scalar:fp32", EFFK_GEMM_ROWS, EFFK_GEMM_TILES,
+extern const Kernel kScalar{isa::Tier::scalar, false, Form::fp32, "scalar:gemm:fp32", EFFK_GEMM_ROWS, EFFK_GEMM_TILES,
                       tier::pack_rows<Form::fp32>, tier::pack_tile, tier::multiply<Form::fp32>, tier::finish, tier::deinterleave,
                       tier::interleave_add, tier::sums};
 
