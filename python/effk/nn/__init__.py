@@ -1,9 +1,10 @@
-"""Modules that run compressed weights and long convolutions on the kernels: ordinary ``nn.Module`` classes.
+"""Modules that run compressed and block-sparse weights and long convolutions on the kernels: plain ``nn.Module``s.
 
 :class:`FFTConvDecoder` is the exception: the state of one decoding, no part of a model.
 """
 
 from .depthwise_conv1d import DepthwiseConv1d
+from .dyad_linear import DyadLinear, DyadMLP, DyadWqLinear, dyad_state_dict_from_released
 from .fftconv import FFTConv, FlashFFTConv
 from .fftconv_decoder import FFTConvDecoder
 from .hyena import HyenaOperator
@@ -14,6 +15,9 @@ from .wq_linear import WqLinear, WqMultiLinear
 __all__ = [
     "BandLimitedFilter",
     "DepthwiseConv1d",
+    "DyadLinear",
+    "DyadMLP",
+    "DyadWqLinear",
     "ExplicitFilter",
     "FFTConv",
     "FFTConvDecoder",
@@ -24,4 +28,5 @@ __all__ = [
     "WqLinear",
     "WqMultiLinear",
     "WqTiedHead",
+    "dyad_state_dict_from_released",
 ]

@@ -19,13 +19,17 @@ class _Entry(NamedTuple):
     storages: tuple[Any, ...]  # weak references to those of all sources but the first
     made: Tensor
 
+    @property
+    def orphaned(self) -> bool:
+        return any(storage() is None for storage in self.storages)
+
 
 class DerivedCache:
     """``make(*sources, *how)`` with a memory: spectra of filters, packed forms of weights.
 
-    An entry belongs to the storage of the first source, so that a fresh view of one parameter in each call finds it, and
-    dies with that storage. Within it the key is where the sources lie (address, shape, strides, dtype) and ``how``; that
-    another source still is the same storage is checked, so tensors that share an address do not collide. PyTorch's
+    An entry belongs to the storage of the first source, so that a fresh view of one parameter in each call finds it,
+    and dies with that storage. Within it the key is where the sources lie (address, shape, strides, dtype) and ``how``;
+    that another source still is the same storage is checked, so tensors that share an address do not collide. PyTorch's
     version counter tells of writes, with gradients or without: an optimizer's step, ``w.mul_(2)``, ``load_state_dict``.
     Not counted, and so not noticed, are writes through ``w.data`` and numpy views: call :meth:`clear` after those.
     Tensors made in inference mode have no counter; from them everything is made anew.
@@ -51,7 +55,7 @@ class DerivedCache:
         owner, *others = (t.untyped_storage() for t in sources)
         with self._lock:
             entries = self._entries_of(owner)
-            for old in [old for old, e in entries.items() if e.versions != versions and old[0] == where]:
+            for old in [p for p, e in entries.items() if (p[0] == where and e.versions != versions) or e.orphaned]:
                 del entries[old]
             known = entries.get(place)
             if known is not None and all(r() is s for r, s in zip(known.storages, others, strict=True)):
