@@ -19,6 +19,8 @@ WIDTHS = (2, 3, 4, 8)
 SANITIZE = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
 OP = "csrc/ops/wq_linear"
 FFTCONV = "csrc/ops/fftconv"
+DENSE, DYAD = "csrc/ops/dense_linear", "csrc/ops/dyad_linear"
+DYAD_KERNELS = [*(f"{DENSE}/{name}.cu" for name in ("cuda", "cuda_ffma", "cuda_mma_f16", "cuda_mma_bf16")), f"{DYAD}/cuda.cu"]
 TIME_LIMIT_S = 120  # of one run of a program: a kernel that hangs is a failure
 
 
@@ -98,6 +100,12 @@ class Build:
         sources += ["csrc/emu/cuemu.cpp", "tests/cuda/driver_fftconv.cpp"]
         changed = set(changed)
         return self.link("driver_fftconv", [self.object(source, anew=source in changed) for source in sources])
+
+    def dyad_driver(self, changed: Iterable[str] = ()) -> Path:
+        """tests/cuda/driver_dyad.cpp; ``changed`` files are compiled anew."""
+        sources = [*DYAD_KERNELS, "csrc/emu/cuemu.cpp", "tests/cuda/driver_dyad.cpp"]
+        changed = set(changed)
+        return self.link("driver_dyad", [self.object(source, anew=source in changed) for source in sources])
 
     def program(self, source: str) -> Path:
         """A program of one file and the emulation."""

@@ -16,13 +16,28 @@ from functools import cache
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
-from cuda_emulation import FFTCONV, OP, ORDERS, ROOT, SANITIZE, Build, CompileError, missing, run  # noqa: E402
+from cuda_emulation import (  # noqa: E402
+    DENSE,
+    DYAD,
+    FFTCONV,
+    OP,
+    ORDERS,
+    ROOT,
+    SANITIZE,
+    Build,
+    CompileError,
+    missing,
+    run,
+)
 
 MMA, DECODE, CUDA = f"{OP}/cuda_mma.h", f"{OP}/cuda_decode.h", f"{OP}/cuda.cu"
 FUSED, OUTER, FFT32, TABLES, ROWS, FFT = (
     f"{FFTCONV}/{name}"
     for name in ("cuda_mma.h", "cuda_outer.h", "cuda_fft32.h", "cuda_tables.h", "cuda_rows.h", "cuda.cu")
 )
+PROBLEM, TILE = "csrc/cuda/gemm_problem.h", "csrc/cuda/mma_tile.h"
+GEMM, FFMA, DENSE_CU, DYAD_CU = f"{DENSE}/cuda_mma.h", f"{DENSE}/cuda_ffma.cu", f"{DENSE}/cuda.cu", f"{DYAD}/cuda.cu"
+MMA_FILES = [f"{DENSE}/cuda_mma_{name}.cu" for name in ("f16", "bf16")]
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,16 @@ class Mutant:
         return self.file.startswith(FFTCONV)
 
     @property
+    def dyad(self) -> bool:
+        """Whether it is dense_linear's and dyad_linear's, which share a driver."""
+        return self.file.startswith((DENSE, DYAD, "csrc/cuda/"))
+
+    @property
     def changed(self) -> list[str]:
         """The sources that contain the file."""
+        if self.dyad:
+            kernels = {PROBLEM: [*MMA_FILES, FFMA], TILE: MMA_FILES, GEMM: MMA_FILES}
+            return kernels.get(self.file, [self.file])
         if self.fftconv:
             fused = [f"{FFTCONV}/cuda_mma_small.cu", f"{FFTCONV}/cuda_mma_large.cu"]
             return [*fused, FFT] if self.file in (FUSED, ROWS) else [FFT]
@@ -145,6 +168,51 @@ MUTANTS = [
     Mutant("fftconv: half of a row in its dot product", FFT32, "  sum = block_sum(sum, shared);", "  if (threadIdx.x % 2) sum = 0.0f;\n  sum = block_sum(sum, shared);"),
     Mutant("fftconv: largest of a part of the row", OUTER, "n < p.length; n += gridDim.x", "n < p.length / 2; n += gridDim.x"),
     Mutant("fftconv: rows of zeros multiplied away", OUTER, "/ int64_t(p.inner)) + 15) / 16;", "/ int64_t(p.inner))) / 16;"),
+    # dense_linear and dyad_linear: barriers, copies and what lies where
+    Mutant("dyad: wait one group too weak", GEMM, "cp_async_wait<S::stages - 2>()", "cp_async_wait<S::stages - 1>()"),
+    Mutant("dyad: no barrier before a stage is replaced", GEMM, "    __syncthreads();  // every thread's part", "    // every thread's part"),
+    Mutant("dyad: copies into the stage that is being read", GEMM, "load(stage + S::stages - 1);\n    ptx", "load(stage + S::stages - 1 - (stage + S::stages - 1 >= S::stages ? S::stages - 1 : 0));\n    ptx"),
+    Mutant("dyad: no barrier before results replace the ring", GEMM, "  __syncthreads();  // results", "  // results"),
+    Mutant("dyad: no barrier before results are written out", GEMM, "  __syncthreads();\n\n  T* const out", "  T* const out", ci=True),
+    Mutant("dyad: shared memory 64 bytes short", GEMM, "at.smem = smem_bytes<S>();", "at.smem = smem_bytes<S>() - 64;", sanitized=True),
+    Mutant("dyad: results laid out as if rows were unpadded", GEMM, "result_pitch() { return S::bn * 2 + 16; }", "result_pitch() { return S::bn * 2 - 16; }"),
+    Mutant("dyad: swizzle of writes and reads apart", TILE, "tile_place<kTileK / 8>(row + 8 * upper + r, 2 * step + right));\n  else ptx::ldmatrix_x4_trans(b", "tile_place<kTileK / 8>(row + r, 2 * step + right));\n  else ptx::ldmatrix_x4_trans(b"),
+    Mutant("dyad: halves of k swapped in the left operand", TILE, "16 * step + 8 * right + r, row / 8 + upper));\n}\n// The right", "16 * step + 8 * upper + r, row / 8 + right));\n}\n// The right"),
+    Mutant("dyad: right operands of the other tile", TILE, "b[j / 2][2 * (j % 2)], b[j / 2][2 * (j % 2) + 1]", "b[j / 2][j % 2], b[j / 2][j % 2 + 2]", ci=True),
+    Mutant("dyad: no barrier between fp32 tiles", FFMA, "    __syncthreads();\n  }\n", "  }\n"),
+    Mutant("dyad: no barrier after the first fp32 tile", FFMA, "  store(0);\n  __syncthreads();", "  store(0);"),
+    Mutant("dyad: fp32 tile overwritten while it is read", FFMA, "tiles + stage % 2 * tile_floats<S>();\n    a.store", "tiles + 0 * tile_floats<S>();\n    a.store"),
+    Mutant("dyad: no barrier before residues are read", DYAD_CU, "    }\n    __syncthreads();\n    for", "    }\n    for"),
+    Mutant("dyad: no barrier before the next row of residues", DYAD_CU, "    __syncthreads();  // the next", "    // the next"),
+    Mutant("dyad: no barrier in the sums of columns", DENSE_CU, "    __syncthreads();\n    if (int(threadIdx.x) < 32 * width)", "    if (int(threadIdx.x) < 32 * width)"),
+    # dyad_linear: which element belongs where
+    Mutant("dyad: second half of K takes the first operand", GEMM, "other ? a_base[1] : a_base[0]", "a_base[0]"),
+    Mutant("dyad: stride of the first half kept", GEMM, "const int step = other ? last.step : first.step;", "const int step = first.step;"),
+    Mutant("dyad: residue for contiguous block", DYAD_CU, "distance = strided ? 1 : d;", "distance = d;"),
+    Mutant("dyad: residues of features-first rows one apart", DYAD_CU, "distance = residue ? tokens : d * tokens;", "distance = d * tokens;", ci=True),
+    Mutant("dyad: class taken for block", DYAD_CU, "(&o == &v[1] && !l.gathers ? o.at.cls : o.at.block) = block;", "o.at.block = block;"),
+    Mutant("dyad: rows of wu start at the block, not the class", DYAD_CU, "v[1].at.quotient = unit;", "v[1].at.quotient = 0;"),
+    Mutant("dyad: first feature of a class for n that divides the side", PROBLEM, "first = (cls - from % p.classes + p.classes) % p.classes;", "first = cls;"),
+    Mutant("dyad: last feature of a class left out", PROBLEM, "(side - first + p.classes - 1) / p.classes) : 0", "(side - first) / p.classes) : 0"),
+    Mutant("dyad: bias of the neighbouring class", PROBLEM, "+ first + int64_t(j) * p.classes;", "+ int64_t(j) * p.classes;"),
+    Mutant("dyad: header not compared", PROBLEM, "same = same && p.header[i] == p.expected[i];", "same = same && p.header[i] == p.header[i];"),
+    Mutant("dyad: gradient of wu from the block, not the residue", DYAD_CU, "i == 1 && s.variant != Variant::ot, false, r.x", "false, false, r.x"),
+    Mutant("dyad: gradient of wu alone is written as wl's", GEMM, "const bool second = p.outs > 0 && problem.out == 1;", "const bool second = p.outs > 1 && problem.out == 1;"),
+    Mutant("dyad: copy of the results in the wrong residue", PROBLEM, "feature % p.residue_count * (p.residue_ld / p.residue_count) + feature / p.residue_count", "feature / p.residue_count * p.residue_count + feature % p.residue_count"),
+    Mutant("dyad: overlap of the components counted once", DYAD_CU, "v += load_scalar(w.wu", "v = load_scalar(w.wu"),
+    Mutant("dyad: order of copied residues", DYAD_CU, "out[r * length + c * per_row + first / n + j] = row[j * n + c];", "out[r * length + c * per_row + first / n + j] = row[c * per + j];"),
+    # dyad_linear: guards and tails
+    Mutant("dyad: k beyond the segment not masked", TILE, "const int fast_end = kAlongK ? s.depth : s.rows, slow_end", "const int fast_end = 1 << 30, slow_end", sanitized=True),
+    Mutant("dyad: rows beyond the tile not masked", TILE, "const int count = slow < slow_end ? max(0", "const int count = slow < (1 << 30) ? max(0", sanitized=True),
+    Mutant("dyad: lines off alignment copied as if on it", TILE, "return step == 1 && ld % 8 == 0 && reinterpret_cast<uintptr_t>(base) % 16 == 0;", "return step == 1;"),
+    Mutant("dyad: columns beyond the result stored", GEMM, "count = min(8, columns - chunk);", "count = 8;", sanitized=True),
+    Mutant("dyad: rows beyond the result stored", GEMM, "      if (row >= rows || count <= 0) continue;", "      if (count <= 0) continue;", sanitized=True),
+    Mutant("dyad: fp32 column guard off by one", FFMA, "if (column >= problem.n) continue;", "if (column > problem.n) continue;", sanitized=True),
+    Mutant("dyad: fp32 tail of a line not masked", FFMA, "(kAlongK ? s.depth : s.rows) - fast) : 0;", "4) : 0;", sanitized=True),
+    Mutant("dyad: one tile short", PROBLEM, "return {(m + bm - 1) / bm, (n + bn - 1) / bn};", "return {m > bm ? m / bm : 1, (n + bn - 1) / bn};"),
+    Mutant("dyad: last tiles of a group of eight", PROBLEM, "min(kGroup, tiles.m - group * kGroup)", "kGroup"),
+    Mutant("dyad: activation before the bias", GEMM, "activate(sums[i][j][2 * half + e] + bias, p.act)", "activate(sums[i][j][2 * half + e], p.act) + bias"),
+    Mutant("dyad: rows of a packed weight not padded", DENSE_CU, "row = i / p.ld, column = i % p.ld;", "row = i / p.d_in, column = i % p.d_in;"),
 ]  # fmt: skip
 
 
@@ -162,7 +230,12 @@ def prepare(folder: Path, mutants: list[Mutant]) -> str:
             for order in ORDERS:
                 if (result := run(program, "quick", order=order)).returncode != 0:
                     return f"fftconv without a planted bug, order {order}:\n{result.stdout}{result.stderr}"
-    for bits, sanitized in sorted({(m.bits, m.sanitized) for m in mutants if not m.fftconv}):
+    for sanitized in sorted({m.sanitized for m in mutants if m.dyad}):
+        program = originals(folder, sanitized).dyad_driver()
+        for order in ORDERS:
+            if (result := run(program, "quick", order=order)).returncode != 0:
+                return f"dyad without a planted bug, order {order}:\n{result.stdout}{result.stderr}"
+    for bits, sanitized in sorted({(m.bits, m.sanitized) for m in mutants if not m.fftconv and not m.dyad}):
         program = originals(folder, sanitized).driver([bits])
         for order in ORDERS:
             if (result := run(program, bits, order=order)).returncode != 0:
@@ -170,8 +243,9 @@ def prepare(folder: Path, mutants: list[Mutant]) -> str:
     return ""
 
 
-def plant(folder: Path, mutant: Mutant) -> str:
-    """How the mutant was caught, e.g. ``rev 7``; empty: it was not. ValueError: the edit no longer fits the source."""
+def plant(folder: Path, mutant: Mutant, *, first: bool = False) -> str:
+    """How the mutant was caught, e.g. ``rev 7``; empty: it was not. ``first``: the first order that does is enough.
+    ValueError: the edit no longer fits the source."""
     place = Path(tempfile.mkdtemp(dir=folder))
     try:
         text = (ROOT / mutant.file).read_text()
@@ -184,11 +258,13 @@ def plant(folder: Path, mutant: Mutant) -> str:
         copy.write_text(text.replace(mutant.old, mutant.new))
         base = originals(folder, mutant.sanitized)
         build = Build(place, base.flags, base)
-        program = (
-            build.fftconv_driver(mutant.changed) if mutant.fftconv else build.driver([mutant.bits], mutant.changed)
-        )
-        cases = "quick" if mutant.fftconv else mutant.bits
-        return " ".join(order for order in ORDERS if run(program, cases, order=order).returncode != 0)
+        if mutant.dyad or mutant.fftconv:
+            program = build.dyad_driver(mutant.changed) if mutant.dyad else build.fftconv_driver(mutant.changed)
+        else:
+            program = build.driver([mutant.bits], mutant.changed)
+        cases = "quick" if mutant.fftconv or mutant.dyad else mutant.bits
+        caught = (order for order in ORDERS if run(program, cases, order=order).returncode != 0)
+        return next(caught, "") if first else " ".join(caught)
     finally:
         shutil.rmtree(place)
 

@@ -53,8 +53,17 @@ def test_fftconv_sanitized(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_dyad_sanitized(tmp_path: Path) -> None:
+    program = Build(tmp_path, SANITIZE).dyad_driver()
+    for order in (*ORDERS, "11") if ALL else ORDERS:
+        result = run(program, *(() if ALL else ("quick",)), order=order)
+        assert result.returncode == 0, f"order {order}:\n{result.stdout}{result.stderr}"
+        assert ", 0 failed" in result.stdout
+
+
+@pytest.mark.slow
 def test_planted_bugs_are_caught(tmp_path: Path) -> None:
     mutants = load_mutants()
     chosen = [m for m in mutants.MUTANTS if ALL or m.ci]
     assert mutants.prepare(tmp_path, chosen) == ""
-    assert [m.name for m in chosen if not mutants.plant(tmp_path, m)] == []
+    assert [m.name for m in chosen if not mutants.plant(tmp_path, m, first=True)] == []
