@@ -20,7 +20,10 @@ SANITIZE = ("-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefi
 OP = "csrc/ops/wq_linear"
 FFTCONV = "csrc/ops/fftconv"
 DENSE, DYAD = "csrc/ops/dense_linear", "csrc/ops/dyad_linear"
-DYAD_KERNELS = [*(f"{DENSE}/{name}.cu" for name in ("cuda", "cuda_ffma", "cuda_mma_f16", "cuda_mma_bf16")), f"{DYAD}/cuda.cu"]
+DYAD_KERNELS = [
+    *(f"{DENSE}/{name}.cu" for name in ("cuda", "cuda_ffma", "cuda_mma_f16", "cuda_mma_bf16")),
+    f"{DYAD}/cuda.cu",
+]
 TIME_LIMIT_S = 120  # of one run of a program: a kernel that hangs is a failure
 
 

@@ -10,13 +10,12 @@
 #pragma once
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 
 namespace effk::cuda {
 
 using Stream = void*;
-
-enum class GemmAct : int32_t { none, relu, gelu, gelu_tanh, silu };
 
 // Elements from the start of an array to the first one of a problem: the sum of these times its numbers.
 struct Offset {
@@ -47,7 +46,7 @@ struct Gemm {
   int out_step = 1;               // of n
   const void* bias = nullptr;
   DType bias_type{};
-  GemmAct act = GemmAct::none;
+  Activation act = Activation::none;
   // Not null (features on n only): a second copy of the results in the order of residues, as the next layer takes them:
   // feature f of row i at i * ld + f % count * (ld / count) + f / count.
   void* residues = nullptr;

@@ -17,17 +17,17 @@ __device__ __forceinline__ void store_scalar(void* p, DType type, int64_t i, flo
   else static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(v);
 }
 
-__device__ __forceinline__ float activate(float v, GemmAct act) {
+__device__ __forceinline__ float activate(float v, Activation act) {
   switch (act) {
-    case GemmAct::relu: return v < 0.0f ? 0.0f : v;  // NaN stays
-    case GemmAct::gelu: return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-    case GemmAct::gelu_tanh: return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-    case GemmAct::silu: return v / (1.0f + expf(-v));
+    case Activation::relu: return v < 0.0f ? 0.0f : v;  // NaN stays
+    case Activation::gelu: return 0.5f * v * (1.0f + erff(v * 0.70710678f));
+    case Activation::gelu_tanh: return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
+    case Activation::silu: return v / (1.0f + expf(-v));
     default: return v;
   }
 }
 
-// The sizes of the sides of a tile grid.
+// Tiles of the sides of a problem, and of all problems.
 struct TileGrid {
   int m, n;
 };
@@ -35,6 +35,11 @@ __host__ __device__ inline TileGrid tile_grid(const Gemm& p, int bm, int bn) {
   const int m = p.features_on_m ? (p.m + p.classes - 1) / p.classes : p.m;
   const int n = p.features_on_m ? p.n : (p.n + p.classes - 1) / p.classes;
   return {(m + bm - 1) / bm, (n + bn - 1) / bn};
+}
+
+__host__ __device__ inline int64_t grid_blocks(const Gemm& p, int bm, int bn) {
+  const TileGrid tiles = tile_grid(p, bm, bn);
+  return int64_t(tiles.m) * tiles.n * p.classes * p.blocks * (p.outs ? p.outs : 1);
 }
 
 // Classes come fastest, because their stores share lines; then eight tiles of m, whose b stays in L2 while n is walked.

@@ -55,7 +55,7 @@ def test_fftconv_sanitized(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_dyad_sanitized(tmp_path: Path) -> None:
     program = Build(tmp_path, SANITIZE).dyad_driver()
-    for order in (*ORDERS, "11") if ALL else ORDERS:
+    for order in (*ORDERS, "11") if ALL else ORDERS[2:]:
         result = run(program, *(() if ALL else ("quick",)), order=order)
         assert result.returncode == 0, f"order {order}:\n{result.stdout}{result.stderr}"
         assert ", 0 failed" in result.stdout

@@ -105,20 +105,20 @@ int gemm(const Gemm& g, Stream stream) {
   return int(g.a_type == DType::f16 ? launch_mma_gemm<__half>(g, sms, s) : launch_mma_gemm<__nv_bfloat16>(g, sms, s));
 }
 
-bool packed_of_size(int64_t bytes, PackKind kind, int64_t f_out, int64_t f_in, Packed& out) {
+bool packed_of_size(int64_t bytes, bool dense, int64_t f_out, int64_t f_in, Packed& out) {
   const int64_t tag = bytes % kPackUnit;
-  if (kind == PackKind::dense) {
+  if (dense) {
     if (tag < 1 || tag > 3) return false;
-    out = {kind, DType(tag - 1), 1, f_out, f_in};
+    out = {panel::Kind::dense, DType(tag - 1), 1, f_out, f_in};
   } else {
     const int64_t n = tag / 9;
     if (n < 1 || n > kMaxPackedBlocks || f_out % n || f_in % n) return false;
-    out = {kind, DType(tag % 3), n, f_out / n, f_in / n, uint32_t(tag % 9 / 3)};
+    out = {panel::Kind(1 + tag % 9 / 3), DType(tag % 3), n, f_out / n, f_in / n};
   }
   return out.bytes() == bytes;
 }
 
-int dense_linear(const Packed& what, const void* packed, const void* x, DType x_type, int64_t tokens, const void* bias, DType bias_type, GemmAct act,
+int dense_linear(const Packed& what, const void* packed, const void* x, DType x_type, int64_t tokens, const void* bias, DType bias_type, Activation act,
                  void* y, Stream stream, int shape) {
   Gemm g;
   g.a[0].p = x, g.a[0].ld = what.d_in, g.a_type = g.out_type = x_type;

@@ -162,9 +162,10 @@ __global__ void __launch_bounds__(kThreads, S::blocks) ffma_gemm_kernel(const Ge
 
 template <class S>
 cudaError_t launch_tile(const Gemm& p, cudaStream_t stream) {
-  const TileGrid tiles = tile_grid(p, S::bm, S::bn);
+  const int64_t blocks = grid_blocks(p, S::bm, S::bn);
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   Launch at;
-  at.grid = dim3(unsigned(int64_t(tiles.m) * tiles.n * p.classes * p.blocks * (p.outs ? p.outs : 1)));
+  at.grid = dim3(unsigned(blocks));
   at.block = dim3(kThreads);
   at.smem = 2 * tile_floats<S>() * sizeof(float);
   at.stream = stream;
@@ -176,9 +177,7 @@ cudaError_t launch_tile(const Gemm& p, cudaStream_t stream) {
 
 // The large tile where it fills the device.
 cudaError_t launch_ffma_gemm(const Gemm& p, int sms, cudaStream_t stream) {
-  const TileGrid tiles = tile_grid(p, LargeTile::bm, LargeTile::bn);
-  const int64_t count = int64_t(tiles.m) * tiles.n * p.classes * p.blocks * (p.outs ? p.outs : 1);
-  const bool large = p.shape ? p.shape == 1 : count >= 2 * int64_t(sms);
+  const bool large = p.shape ? p.shape == 1 : grid_blocks(p, LargeTile::bm, LargeTile::bn) >= sms;
   return large ? launch_tile<LargeTile>(p, stream) : launch_tile<SmallTile>(p, stream);
 }
 

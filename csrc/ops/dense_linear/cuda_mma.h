@@ -143,9 +143,10 @@ __global__ void __launch_bounds__(S::threads, S::blocks) mma_gemm_kernel(const G
 
 template <class T, class S, bool kAAlongK, bool kBAlongK>
 cudaError_t launch_tile(const Gemm& p, cudaStream_t stream) {
-  const TileGrid tiles = tile_grid(p, S::bm, S::bn);
+  const int64_t blocks = grid_blocks(p, S::bm, S::bn);
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   Launch at;
-  at.grid = dim3(unsigned(int64_t(tiles.m) * tiles.n * p.classes * p.blocks * (p.outs ? p.outs : 1)));
+  at.grid = dim3(unsigned(blocks));
   at.block = dim3(S::threads);
   at.smem = smem_bytes<S>();
   at.stream = stream;
@@ -157,9 +158,8 @@ inline int choose_tile(const Gemm& p, int sms) {
   if (p.shape) return p.shape;
   if (p.a_along_k && p.b_along_k && p.m <= FewRowsTile::bm) return 3;
   const auto cost = [&](int bm, int bn, int resident, double share) {
-    const TileGrid tiles = tile_grid(p, bm, bn);
-    const int64_t count = int64_t(tiles.m) * tiles.n * p.classes * p.blocks * (p.outs ? p.outs : 1), slots = int64_t(sms) * resident;
-    return double((count + slots - 1) / slots) * bm * bn * resident / share;
+    const int64_t slots = int64_t(sms) * resident;
+    return double((grid_blocks(p, bm, bn) + slots - 1) / slots) * bm * bn * resident / share;
   };
   return cost(LargeTile::bm, LargeTile::bn, LargeTile::blocks, 0.85) <= cost(MiddleTile::bm, MiddleTile::bn, MiddleTile::blocks, 0.35) ? 1 : 2;
 }

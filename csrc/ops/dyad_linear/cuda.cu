@@ -12,39 +12,36 @@ namespace {
 
 constexpr int kThreads = 256, kSpan = 1024;
 
-// A row of `span` elements (a multiple of n) through shared memory, grid: (spans of a row, rows in steps). Bound: bytes in and out.
+// `span` elements of a row (a multiple of n) through shared memory; a block a span. Bound: bytes in and out.
 // Reading residues out of shared memory, neighbouring threads are n elements apart: with n = 2 halves no conflicts, 4 two, 8 four, 16
 // eight ways (fp32: twice that); 32 threads then write 64 bytes in succession.
 template <class T>
-__global__ void __launch_bounds__(kThreads) deinterleave_kernel(const T* in, T* out, int64_t rows, int64_t length, int n, int span) {
+__global__ void __launch_bounds__(kThreads) deinterleave_kernel(const T* in, T* out, int64_t length, int n, int span) {
   EFFK_DYN_SMEM(smem);
-  T* const row = reinterpret_cast<T*>(smem);
-  const int64_t first = int64_t(blockIdx.x) * span, per_row = length / n;
+  T* const part = reinterpret_cast<T*>(smem);
+  const int64_t spans = (length + span - 1) / span, row = blockIdx.x / spans, first = blockIdx.x % spans * span, per_row = length / n;
   const int count = int(min(int64_t(span), length - first)), per = count / n;
-  for (int64_t r = blockIdx.y; r < rows; r += gridDim.y) {
-    const T* const from = in + r * length + first;
-    if (reinterpret_cast<uintptr_t>(from) % 16 == 0 && count * sizeof(T) % 16 == 0) {
-      for (int i = threadIdx.x; i < int(count * sizeof(T) / 16); i += kThreads)
-        reinterpret_cast<uint4*>(row)[i] = reinterpret_cast<const uint4*>(from)[i];
-    } else {
-      for (int i = threadIdx.x; i < count; i += kThreads) row[i] = from[i];
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < count; i += kThreads) {
-      const int c = i / per, j = i % per;
-      out[r * length + c * per_row + first / n + j] = row[j * n + c];
-    }
-    __syncthreads();  // the next row takes its place
+  const T* const from = in + row * length + first;
+  if (reinterpret_cast<uintptr_t>(from) % 16 == 0 && count * sizeof(T) % 16 == 0) {
+    for (int i = threadIdx.x; i < int(count * sizeof(T) / 16); i += kThreads)
+      reinterpret_cast<uint4*>(part)[i] = reinterpret_cast<const uint4*>(from)[i];
+  } else {
+    for (int i = threadIdx.x; i < count; i += kThreads) part[i] = from[i];
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < count; i += kThreads) {
+    const int c = i / per, j = i % per;
+    out[row * length + c * per_row + first / n + j] = part[j * n + c];
   }
 }
 
-__global__ void __launch_bounds__(kThreads) to_dense_kernel(const Weights w, int n, int64_t d_out, int64_t d_in, Variant variant, void* dense) {
+__global__ void __launch_bounds__(kThreads) to_dense_kernel(const Weights w, int n, int64_t d_out, int64_t d_in, Kind kind, void* dense) {
   const int64_t f_in = n * d_in, f_out = n * d_out, i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= f_in * f_out) return;
   const int64_t r = i / f_in, j = i % f_in;
   float v = 0.0f;
   if (r / d_out == j / d_in) v = load_scalar(w.wl, w.type, r * w.ld + j % d_in);
-  const bool scattered = variant != Variant::it, gathered = variant != Variant::ot;
+  const bool scattered = kind != Kind::it, gathered = kind != Kind::ot;
   const int64_t out_block = scattered ? r % n : r / d_out, o = scattered ? r / n : r % d_out;
   const int64_t in_block = gathered ? j % n : j / d_in, k = gathered ? j / n : j % d_in;
   if (out_block == in_block) v += load_scalar(w.wu, w.type, (out_block * d_out + o) * w.ld + k);
@@ -124,18 +121,23 @@ Gemm product(const Linear& l, const void* in, DType in_type, const Weights& w, c
 Side in_side(const Shape& s) { return {s.n, s.d_in, s.tokens, s.features}; }
 Side out_side(const Shape& s) { return {s.n, s.d_out, s.tokens, s.features}; }
 Linear forward_of(const Shape& s) {
-  const bool gathers = s.variant == Variant::it || s.n == 1;
-  return {in_side(s), out_side(s), gathers, s.variant != Variant::ot, true};
+  const bool gathers = s.kind == Kind::it || s.n == 1;
+  return {in_side(s), out_side(s), gathers, s.kind != Kind::ot, true};
 }
 // The input gradient of `it` is the forward of `ot` with its sides exchanged, and the other way round.
 Linear gradient_of(const Shape& s) {
-  const bool gathers = s.variant == Variant::ot || s.n == 1;
-  return {out_side(s), in_side(s), gathers, s.variant != Variant::it, false};
+  const bool gathers = s.kind == Kind::ot || s.n == 1;
+  return {out_side(s), in_side(s), gathers, s.kind != Kind::it, false};
 }
 
-// A launch costs about what 16 MiB from L2 do.
-constexpr int64_t kWorthBytes = int64_t(16) << 20, kTile = 256;
-bool worth(int64_t n, int64_t elements, int64_t readers) { return n > 1 && elements * ((n - 1) * readers - 2) * 2 > kWorthBytes; }
+// A launch costs about what 16 MiB from L2 do (3 us at 5.5 TB/s: reasoned, to be measured). Emulated, small tests shall meet both ways.
+#ifdef EFFK_CUEMU
+constexpr int64_t kWorthBytes = 1 << 12;
+#else
+constexpr int64_t kWorthBytes = 1 << 24;
+#endif
+constexpr int64_t kTile = 256, kMaxCopiedBlocks = 1024;
+bool worth(int64_t n, int64_t elements, int64_t readers) { return n > 1 && n <= kMaxCopiedBlocks && elements * ((n - 1) * readers - 2) * 2 > kWorthBytes; }
 int64_t tiles(int64_t side) { return (side + kTile - 1) / kTile; }
 // Each element is read by the tiles of the outputs that need its residue: of one block, or of one class of all blocks.
 bool wants_input(const Linear& l) {
@@ -152,21 +154,22 @@ bool wants_wl_residues(const Shape& s) {
   return !gradient_of(s).gathers && s.d_in % s.n == 0 && worth(s.n, s.n * s.d_out * s.d_in, (s.tokens + 127) / 128);
 }
 bool wants_residues_for_weights(const Shape& s, bool of_gy) {
-  if (s.features || (of_gy ? s.variant == Variant::it : s.variant == Variant::ot)) return false;
+  if (s.features || (of_gy ? s.kind == Kind::it : s.kind == Kind::ot)) return false;
   return worth(s.n, s.n * (of_gy ? s.d_out : s.d_in) * s.tokens, tiles(of_gy ? s.d_in : s.d_out));
 }
 
 int deinterleave(const void* in, DType type, int64_t rows, int64_t length, int64_t n, void* out, Stream stream) {
   if (rows == 0) return 0;
-  const int64_t span = n * std::max<int64_t>(1, kSpan / n);
+  const int64_t span = n * std::max<int64_t>(1, kSpan / n), blocks = rows * ((length + span - 1) / span);
+  if (blocks > INT32_MAX) return int(cudaErrorInvalidConfiguration);
   Launch at;
-  at.grid = dim3(unsigned((length + span - 1) / span), unsigned(std::min<int64_t>(rows, 32768)));
+  at.grid = dim3(unsigned(blocks));
   at.block = dim3(kThreads);
   at.smem = size_t(span) * (type == DType::f32 ? 4 : 2);
   at.stream = static_cast<cudaStream_t>(stream);
   if (type == DType::f32)
-    return int(launch(deinterleave_kernel<float>, at, static_cast<const float*>(in), static_cast<float*>(out), rows, length, int(n), int(span)));
-  return int(launch(deinterleave_kernel<uint16_t>, at, static_cast<const uint16_t*>(in), static_cast<uint16_t*>(out), rows, length, int(n), int(span)));
+    return int(launch(deinterleave_kernel<float>, at, static_cast<const float*>(in), static_cast<float*>(out), length, int(n), int(span)));
+  return int(launch(deinterleave_kernel<uint16_t>, at, static_cast<const uint16_t*>(in), static_cast<uint16_t*>(out), length, int(n), int(span)));
 }
 
 int forward(const Shape& s, const void* x, DType x_type, const Weights& w, const Epilogue& e, const Residues& r, void* y, Stream stream, int shape) {
@@ -189,8 +192,8 @@ int weight_gradient(const Shape& s, const void* gy, const void* x, DType type, c
   const Side in = in_side(s), out = out_side(s);
   Gemm g;
   for (int i = 0; i < 2; ++i) {
-    g.a[i] = out.tokens_operand(gy, i == 1 && s.variant != Variant::it, false, r.gy);
-    g.b[i] = in.tokens_operand(x, i == 1 && s.variant != Variant::ot, false, r.x);
+    g.a[i] = out.tokens_operand(gy, i == 1 && s.kind != Kind::it, false, r.gy);
+    g.b[i] = in.tokens_operand(x, i == 1 && s.kind != Kind::ot, false, r.x);
   }
   // The tokens are k here: lines run along them where they ran along the features, and the other way round.
   g.a_along_k = g.b_along_k = s.features;
@@ -214,7 +217,7 @@ int to_dense(const Shape& s, const Weights& w, void* dense, Stream stream) {
   at.grid = dim3(unsigned((s.f_in() * s.f_out() + kThreads - 1) / kThreads));
   at.block = dim3(kThreads);
   at.stream = static_cast<cudaStream_t>(stream);
-  return int(launch(to_dense_kernel, at, w, int(s.n), s.d_out, s.d_in, s.variant, dense));
+  return int(launch(to_dense_kernel, at, w, int(s.n), s.d_out, s.d_in, s.kind, dense));
 }
 
 }  // namespace effk::cuda::dyad

@@ -10,14 +10,15 @@
 // n = 1 gathers in every variant. Sums in fp32: component wl first, k ascending, then wu; then bias.
 #pragma once
 #include "cuda/gemm.h"
+#include "formats/panel.h"
 
 namespace effk::cuda::dyad {
 
-enum class Variant : int32_t { it, ot, dt };
+using panel::Kind;
 
 struct Shape {
   int64_t n, d_out, d_in, tokens;
-  Variant variant;
+  Kind kind;      // it, ot or dt
   bool features;  // x (f_in, tokens) and y (f_out, tokens); else x (tokens, f_in) and y (tokens, f_out)
 
   int64_t f_in() const { return n * d_in; }
@@ -43,7 +44,7 @@ struct Residues {
 struct Epilogue {
   const void* bias = nullptr;
   DType bias_type{};
-  GemmAct act = GemmAct::none;
+  Activation act = Activation::none;
   void* residues = nullptr;  // tokens first: a second copy of y in the order of residues of the next layer's blocks
   int residue_count = 1;
 };
