@@ -242,6 +242,21 @@ def fftconv_bars(bench: dict[str, object]) -> list[str]:
     return lines
 
 
+def dyad_bars(bench: dict[str, object]) -> list[str]:
+    """The same for dyad_linear: n = 4 against dense cuBLAS, like for like, where there is work enough."""
+    lines = []
+    for row in bench["rows"]:
+        s = row["shape"]
+        large = s["T"] >= 2048 and {s["n"] * s["d_in"], s["n"] * s["d_out"]} == {2048, 8192}
+        if large and s["n"] == 4 and row["case"] == "it, dense cuBLAS" and row["dtype"] != "float32":
+            verdict = "met   " if row["vs_best"] >= 1.5 else "MISSED"
+            shape = f"T {s['T']}, {s['n'] * s['d_in']} -> {s['n'] * s['d_out']}, n 4, {row['dtype']}"
+            lines.append(f"{verdict}  dyad_linear, {shape}: {row['vs_best']:.2f} times dense cuBLAS, bar 1.5")
+    worst = max((r["match"] for r in bench["rows"] if r["match"] is not None), default=0.0)
+    lines.append(f"{'met   ' if worst <= 1.0 else 'MISSED'}  dyad_linear, largest error over its bound: {worst:.3f}")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=BUILD / "results", help="folder for the results")
@@ -273,6 +288,7 @@ def main() -> int:
         [nvcc(check, "driver_fftconv", "tests/cuda/driver_fftconv.cpp", libraries=[kernels])],
         120,
     )
+    check.run("build_driver_dyad", [nvcc(check, "driver_dyad", "tests/cuda/driver_dyad.cpp", libraries=[kernels])], 120)
     check.run(
         "primitives",
         [nvcc(check, "primitives", "tests/cuda/primitives.cu"), [str(BUILD / "primitives")]],
@@ -282,6 +298,7 @@ def main() -> int:
     describe(args.out / "primitives.txt", info)
     check.run("driver", [[str(BUILD / "driver")]], 60)
     check.run("driver_fftconv", [[str(BUILD / "driver_fftconv")]], 60)
+    check.run("driver_dyad", [[str(BUILD / "driver_dyad"), "large"]], 60)
     if args.lab:
         check.run("lab", [nvcc(check, "lab", "bench/lab/cuda_wq_linear.cu"), [str(BUILD / "lab")]], 150)
         lab = nvcc(check, "lab_fftconv", "bench/lab/cuda_fftconv.cu", libraries=[kernels])
@@ -304,6 +321,18 @@ def main() -> int:
         ],
         120,
     )
+    dyad_ok = check.run(
+        "bench_dyad",
+        [
+            [
+                sys.executable,
+                "tools/gpu_bench_dyad.py",
+                str(args.out / "bench_dyad.json"),
+                *(["--quick"] if args.quick else []),
+            ]
+        ],
+        120,
+    )
     if sanitizer := shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer"):
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
             check.run(
@@ -311,12 +340,13 @@ def main() -> int:
                 [[sanitizer, "--tool", tool, "--error-exitcode", "3", str(BUILD / "driver"), "4"]],
                 60,
             )
-            program = str(BUILD / "driver_fftconv")
-            check.run(
-                f"sanitizer_{tool}_fftconv",
-                [[sanitizer, "--tool", tool, "--error-exitcode", "3", program, "quick"]],
-                60,
-            )
+            for op in ("fftconv", "dyad"):
+                program = str(BUILD / f"driver_{op}")
+                check.run(
+                    f"sanitizer_{tool}_{op}",
+                    [[sanitizer, "--tool", tool, "--error-exitcode", "3", program, "quick"]],
+                    60,
+                )
     else:
         check.run("sanitizer", [["compute-sanitizer"]], 1)
 
@@ -333,6 +363,10 @@ def main() -> int:
         lines = fftconv_bars(json.loads((args.out / "bench_fftconv.json").read_text()))
         report["bars"] = [*report.get("bars", []), *lines]
         sections += ["\n".join(lines), (args.out / "bench_fftconv.log").read_text()]
+    if dyad_ok:
+        lines = dyad_bars(json.loads((args.out / "bench_dyad.json").read_text()))
+        report["bars"] = [*report.get("bars", []), *lines]
+        sections += ["\n".join(lines), (args.out / "bench_dyad.log").read_text()]
     for step in check.steps:
         if step["verdict"] not in ("ok", "skipped"):
             sections.append(f"---- {step['step']}: {step['verdict']}\n{check.tail(str(step['step']), 40)}")
