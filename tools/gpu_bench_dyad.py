@@ -1,7 +1,7 @@
-"""Times dyad_linear on a CUDA device against torch's dense linear (cuBLAS) and two torch.bmm calls, and our dense_linear.
+"""Times dyad_linear on a CUDA device against torch's dense linear (cuBLAS), two torch.bmm calls and our dense_linear.
 
 Every comparison is like for like: one type on all sides, fp32 without TF32. Weights and activations stay in cache where
-they fit, for everybody; calls are replayed from a graph. Forward rows carry their error over its bound, against float64.
+they fit, for everybody; calls are replayed from a graph. Forward rows carry their error over its bound (float64).
 
     python tools/gpu_bench_dyad.py OUTPUT.json [--quick]
 """
