@@ -88,8 +88,69 @@ __device__ __forceinline__ bool header_ok(const Gemm& p) {
   return same;
 }
 
-__device__ __forceinline__ int64_t residue_place(const Gemm& p, int64_t row, int64_t feature) {
-  return row * p.residue_ld + feature % p.residue_count * (p.residue_ld / p.residue_count) + feature / p.residue_count;
+// kRows x kColumns fp32 sums in shared memory, rows kPitch floats apart, the first one row0 of the block's tile: bias and activation in
+// place. In loops of one element, because six activations unrolled over every element of a thread are most of a kernel's code.
+template <int kRows, int kColumns, int kPitch, int kThreads>
+__device__ __forceinline__ void finish_tile(const Gemm& p, const Problem& problem, float* tile, int row0, bool known) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
+    const int row = i / kColumns, column = i % kColumns;
+    const int feature = p.features_on_m ? problem.m0 + row0 + row : problem.n0 + column;
+    float v = tile[row * kPitch + column];
+    if (p.bias && feature < (p.features_on_m ? problem.m : problem.n)) v += load_scalar(p.bias, p.bias_type, problem.feature(p, feature));
+    tile[row * kPitch + column] = known ? activate(v, p.act) : __uint_as_float(0x7fc00000u);
+  }
+}
+
+// The tile rounded to the type of the result: four neighbours at once where they are that in memory, and the copy in residues.
+template <int kRows, int kColumns, int kPitch, int kThreads>
+__device__ __forceinline__ void store_tile(const Gemm& p, const Problem& problem, const float* tile, int row0) {
+  void* const out = p.outs > 0 && problem.out == 1 ? p.out[1] : p.out[0];
+  const int rows = min(kRows, problem.m - problem.m0 - row0), columns = min(kColumns, problem.n - problem.n0);
+  const int64_t first = problem.at(p.out_at) + (problem.m0 + row0) * p.out_ld + int64_t(problem.n0) * p.out_step;
+  const int size = p.out_type == DType::f32 ? 4 : 2;
+  if (p.out_step == 1 && p.out_ld % 4 == 0 && (reinterpret_cast<uintptr_t>(out) + first * size) % (4 * size) == 0) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kColumns / 4; i += kThreads) {
+      const int row = i / (kColumns / 4), column = i % (kColumns / 4) * 4;
+      if (row >= rows || column >= columns) continue;
+      const float4 v = *reinterpret_cast<const float4*>(tile + row * kPitch + column);
+      const int64_t at = first + row * p.out_ld + column;
+      if (column + 4 > columns) {
+        for (int e = 0; e < columns - column; ++e) store_scalar(out, p.out_type, at + e, tile[row * kPitch + column + e]);
+      } else if (p.out_type == DType::f32) {
+        *reinterpret_cast<float4*>(static_cast<float*>(out) + at) = v;
+      } else {
+        uint2 w;
+        if (p.out_type == DType::f16) {
+          const __half2 a = __floats2half2_rn(v.x, v.y), b = __floats2half2_rn(v.z, v.w);
+          w = {reinterpret_cast<const uint32_t&>(a), reinterpret_cast<const uint32_t&>(b)};
+        } else {
+          const __nv_bfloat162 a = __floats2bfloat162_rn(v.x, v.y), b = __floats2bfloat162_rn(v.z, v.w);
+          w = {reinterpret_cast<const uint32_t&>(a), reinterpret_cast<const uint32_t&>(b)};
+        }
+        *reinterpret_cast<uint2*>(static_cast<uint16_t*>(out) + at) = w;
+      }
+    }
+  } else {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kRows * kColumns; i += kThreads) {
+      const int row = i / kColumns, column = i % kColumns;
+      if (row < rows && column < columns)
+        store_scalar(out, p.out_type, first + row * p.out_ld + int64_t(column) * p.out_step, tile[row * kPitch + column]);
+    }
+  }
+  if (!p.residues) return;
+  // Neighbouring threads take neighbours of the copy: columns residue_count apart, or 1 where classes already are residues.
+  const int apart = p.classes > 1 ? 1 : min(p.residue_count, kColumns), per = (kColumns + apart - 1) / apart;
+#pragma unroll 1
+  for (int i = threadIdx.x; i < kRows * per * apart; i += kThreads) {
+    const int row = i / (per * apart), place = i % (per * apart), column = place % per * apart + place / per;
+    if (row >= rows || column >= columns) continue;
+    const int64_t f = problem.feature(p, problem.n0 + column);
+    const int64_t to = (problem.m0 + row0 + row) * p.residue_ld + f % p.residue_count * (p.residue_ld / p.residue_count) + f / p.residue_count;
+    store_scalar(p.residues, p.out_type, to, tile[row * kPitch + column]);
+  }
 }
 
 }  // namespace

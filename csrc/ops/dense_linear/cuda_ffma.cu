@@ -74,7 +74,10 @@ struct Staged {
 };
 
 template <class S>
-constexpr int tile_floats() { return S::depth * (S::bm + 4 + S::bn + 4); }
+constexpr int tile_floats() {
+  static_assert(S::bm / (S::tm / 4) * (S::bn + 4) <= 2 * S::depth * (S::bm + 4 + S::bn + 4), "results fit in place of the tiles");
+  return S::depth * (S::bm + 4 + S::bn + 4);
+}
 
 template <class S, bool kAAlongK, bool kBAlongK>
 __global__ void __launch_bounds__(kThreads, S::blocks) ffma_gemm_kernel(const Gemm p) {
@@ -109,7 +112,6 @@ __global__ void __launch_bounds__(kThreads, S::blocks) ffma_gemm_kernel(const Ge
   };
 
   const bool known = header_ok(p);
-  const int64_t base = problem.at(p.out_at), feature0 = problem.feature(p, 0);
   const int tx = threadIdx.x % (S::bn / S::tn), ty = threadIdx.x / (S::bn / S::tn);
   float sums[S::tm][S::tn] = {};
   load(0);
@@ -141,22 +143,20 @@ __global__ void __launch_bounds__(kThreads, S::blocks) ffma_gemm_kernel(const Ge
     __syncthreads();
   }
 
-  void* const out = second ? p.out[1] : p.out[0];
 #pragma unroll
-  for (int i = 0; i < S::tm; ++i) {
-    const int row = problem.m0 + i / 4 * (S::bm / 2) + 4 * ty + i % 4;
-    if (row >= problem.m) continue;
+  for (int q = 0; q < S::tm / 4; ++q) {  // bm / 2 rows, or all of them, in place of the tiles
+    constexpr int kRows = S::bm / (S::tm / 4);
+    if (q > 0) __syncthreads();
 #pragma unroll
-    for (int j = 0; j < S::tn; ++j) {
-      const int column = problem.n0 + j / 4 * (S::bn / 2) + 4 * tx + j % 4;
-      if (column >= problem.n) continue;
-      const int64_t feature = feature0 + int64_t(p.features_on_m ? row : column) * p.classes;
-      float v = sums[i][j];
-      if (p.bias) v += load_scalar(p.bias, p.bias_type, feature);
-      v = known ? activate(v, p.act) : __uint_as_float(0x7fc00000u);
-      store_scalar(out, p.out_type, base + row * p.out_ld + int64_t(column) * p.out_step, v);
-      if (p.residues) store_scalar(p.residues, p.out_type, residue_place(p, row, feature), v);
-    }
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+      for (int j = 0; j < S::tn / 4; ++j)
+        *reinterpret_cast<float4*>(tiles + (4 * ty + i) * kPitch<S::bn> + j * (S::bn / 2) + 4 * tx) = {
+            sums[4 * q + i][4 * j], sums[4 * q + i][4 * j + 1], sums[4 * q + i][4 * j + 2], sums[4 * q + i][4 * j + 3]};
+    __syncthreads();
+    finish_tile<kRows, S::bn, kPitch<S::bn>, kThreads>(p, problem, tiles, q * kRows, known);
+    __syncthreads();
+    store_tile<kRows, S::bn, kPitch<S::bn>, kThreads>(p, problem, tiles, q * kRows);
   }
 }
 

@@ -4,8 +4,7 @@
 //
 //   grid     classes · tiles · blocks · outs, in the order of Problem (cuda/gemm_problem.h): every block of DYAD in one launch
 //   ring     stages of a tile (bm x 32) and b tile (bn x 32)
-//   end      bias and activation on the fp32 sums, rounded once, through shared memory (rows 16 bytes apart from a multiple of 128:
-//            no conflicts) to whole lines of memory
+//   end      the fp32 sums through shared memory: bias, activation, one rounding, whole lines of memory
 //
 // Bound: tensor cores; per block and stage bm · bn · 64 flops for (bm + bn) · 64 bytes from L2. Predicted for an H100 (mma.sync about
 // 600 Tflop/s, L2 about 28 bytes a clock and multiprocessor): the 128 x 256 tile needs 33 bytes a clock at that rate, 64 x 64 needs
@@ -24,25 +23,19 @@ using FewRowsTile = MmaShape<16, 64, 16, 16, 8, 4>;  // up to 16 rows: bytes of 
 
 template <class S>
 constexpr int stage_bytes() { return (S::bm + S::bn) * kTileK * 2; }
-// A row of results that waits to be written.
+// Results wait for their bias and activation as fp32, 64 rows at a time; eight floats more a row, so that the pairs that a quarter of a
+// warp writes lie in different banks.
 template <class S>
-constexpr int result_pitch() { return S::bn * 2 + 16; }
+constexpr int kResultRows = S::bm < 64 ? S::bm : 64;
+template <class S>
+constexpr int kResultPitch = S::bn + 8;
 template <class S>
 constexpr int smem_bytes() {
-  constexpr int ring = S::stages * stage_bytes<S>(), results = S::bm * result_pitch<S>();
+  constexpr int ring = S::stages * stage_bytes<S>(), results = kResultRows<S> * kResultPitch<S> * 4;
   return ring > results ? ring : results;
 }
 
 namespace {
-
-__device__ __forceinline__ uint32_t pack_pair(float a, float b, __half) {
-  const __half2 v = __halves2half2(__float2half_rn(a), __float2half_rn(b));
-  return reinterpret_cast<const uint32_t&>(v);
-}
-__device__ __forceinline__ uint32_t pack_pair(float a, float b, __nv_bfloat16) {
-  const __nv_bfloat162 v = __halves2bfloat162(__float2bfloat16_rn(a), __float2bfloat16_rn(b));
-  return reinterpret_cast<const uint32_t&>(v);
-}
 
 template <class T, class S, bool kAAlongK, bool kBAlongK>
 __global__ void __launch_bounds__(S::threads, S::blocks) mma_gemm_kernel(const Gemm p) {
@@ -85,59 +78,27 @@ __global__ void __launch_bounds__(S::threads, S::blocks) mma_gemm_kernel(const G
     multiply_tiles<T, S, kAAlongK, kBAlongK>(sums, tile, tile + S::bm * kTileK * 2, warp_m, warp_n, lane);
   }
   ptx::cp_async_wait<0>();
-  __syncthreads();  // results take the place of the ring
 
+  float* const results = reinterpret_cast<float*>(smem);
   const int g = lane / 4, t = lane % 4;
+#pragma unroll 1
+  for (int row0 = 0; row0 < S::bm; row0 += kResultRows<S>) {
+    __syncthreads();  // results take the place of the ring, then of the rows before
+    if (warp_m * S::wm / kResultRows<S> * kResultRows<S> == row0) {
 #pragma unroll
-  for (int i = 0; i < S::tiles_m; ++i)
+      for (int i = 0; i < S::tiles_m; ++i)
 #pragma unroll
-    for (int j = 0; j < S::tiles_n; ++j)
+        for (int j = 0; j < S::tiles_n; ++j)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = warp_m * S::wm + 16 * i + 8 * half + g, column = warp_n * S::wn + 8 * j + 2 * t;
-        float v[2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float bias = 0.0f;
-          const int at = p.features_on_m ? problem.m0 + row : problem.n0 + column + e;
-          if (p.bias && at < (p.features_on_m ? problem.m : problem.n)) bias = load_scalar(p.bias, p.bias_type, problem.feature(p, at));
-          v[e] = activate(sums[i][j][2 * half + e] + bias, p.act);
-          if (!known) v[e] = __uint_as_float(0x7fc00000u);
-        }
-        *reinterpret_cast<uint32_t*>(smem + row * result_pitch<S>() + column * 2) = pack_pair(v[0], v[1], T{});
-      }
-  __syncthreads();
-
-  T* const out = static_cast<T*>(second ? p.out[1] : p.out[0]) + problem.at(p.out_at);
-  const int rows = min(S::bm, problem.m - problem.m0), columns = min(S::bn, problem.n - problem.n0);
-  if (is_wide(out, p.out_ld, p.out_step)) {
-    constexpr int kLine = S::bn / 8;
-    for (int i = threadIdx.x; i < S::bm * kLine; i += S::threads) {
-      const int row = i / kLine, chunk = i % kLine * 8, count = min(8, columns - chunk);
-      if (row >= rows || count <= 0) continue;
-      const unsigned char* const from = smem + row * result_pitch<S>() + chunk * 2;
-      T* const to = out + (problem.m0 + row) * p.out_ld + problem.n0 + chunk;
-      if (count == 8) *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-      else
-        for (int e = 0; e < count; ++e) to[e] = reinterpret_cast<const T*>(from)[e];
+          for (int half = 0; half < 2; ++half) {
+            const int row = warp_m * S::wm - row0 + 16 * i + 8 * half + g, column = warp_n * S::wn + 8 * j + 2 * t;
+            *reinterpret_cast<float2*>(results + row * kResultPitch<S> + column) = {sums[i][j][2 * half], sums[i][j][2 * half + 1]};
+          }
     }
-  } else {
-    for (int i = threadIdx.x; i < S::bm * S::bn; i += S::threads) {
-      const int row = i / S::bn, column = i % S::bn;
-      if (row < rows && column < columns)
-        out[(problem.m0 + row) * p.out_ld + int64_t(problem.n0 + column) * p.out_step] =
-            *reinterpret_cast<const T*>(smem + row * result_pitch<S>() + column * 2);
-    }
-  }
-  if (!p.residues) return;
-  // Neighbouring threads take neighbours of the copy: columns residue_count apart, or 1 where classes already are residues.
-  T* const residues = static_cast<T*>(p.residues);
-  const int apart = p.classes > 1 ? 1 : min(p.residue_count, S::bn), per = (S::bn + apart - 1) / apart;
-  for (int i = threadIdx.x; i < S::bm * per * apart; i += S::threads) {
-    const int row = i / (per * apart), place = i % (per * apart), column = place % per * apart + place / per;
-    if (row < rows && column < columns)
-      residues[residue_place(p, problem.m0 + row, problem.feature(p, problem.n0 + column))] =
-          *reinterpret_cast<const T*>(smem + row * result_pitch<S>() + column * 2);
+    __syncthreads();
+    finish_tile<kResultRows<S>, S::bn, kResultPitch<S>, S::threads>(p, problem, results, row0, known);
+    __syncthreads();
+    store_tile<kResultRows<S>, S::bn, kResultPitch<S>, S::threads>(p, problem, results, row0);
   }
 }
 
