@@ -22,7 +22,7 @@ struct FmaShape {
   static_assert((BM / TM) * (BN / TN) == kThreads, "one piece a thread");
 };
 using LargeTile = FmaShape<128, 128, 16, 8, 8, 1>;
-using SmallTile = FmaShape<64, 64, 16, 4, 4, 3>;
+using SmallTile = FmaShape<64, 64, 16, 4, 4, 2>;
 
 struct Source {
   const void* p;
