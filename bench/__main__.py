@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-OPS = ("wq_linear", "fftconv", "runtime")
+OPS = ("wq_linear", "fftconv", "dense_linear", "dyad_linear", "runtime")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -43,18 +43,26 @@ def pin(threads: int) -> None:
 @app.command()
 def main(
     op: Annotated[str, typer.Option(help="What to measure: " + " or ".join(OPS) + ".")] = "wq_linear",
-    quick: Annotated[bool, typer.Option("--quick", help="Two shapes, fewer turns: about a minute.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Two shapes, fewer turns: some minutes at most.")] = False,
     threads: Annotated[int, typer.Option(help="Threads, pinned to as many cores.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON object per row here.")] = None,
     isa: Annotated[str, typer.Option(help="Tier of ours; default: the best one, and avx2 beside it.")] = "",
-    m: Annotated[str, typer.Option(help="Rows of x, e.g. 1,4,32.")] = "",
+    m: Annotated[str, typer.Option(help="Rows of x, e.g. 1,4,32; dense_linear, dyad_linear: tokens.")] = "",
     bits: Annotated[str, typer.Option(help="Widths of the weight, e.g. 4,3.")] = "",
     compute: Annotated[str, typer.Option(help="Forms of ours: int8,float.")] = "",
     shape: Annotated[
-        str, typer.Option(help="Shapes of the standard set, e.g. 4096x4096 (NxK) or 8x768x1024 (BxHxL).")
+        str,
+        typer.Option(
+            help="Shapes of the standard set, e.g. 4096x4096 (NxK), 8x768x1024 (BxHxL), 768x3072 (inputs x outputs)."
+        ),
     ] = "",
     kinds: Annotated[
-        str, typer.Option("--kind", help="fftconv: forward,forward uncached,gated,backward,decode,memory.")
+        str,
+        typer.Option(
+            "--kind",
+            help="fftconv: forward,forward uncached,gated,backward,decode,memory; dyad_linear: forward, training or "
+            "feed-forward, each with fp32 or bf16, e.g. 'forward fp32,training bf16'.",
+        ),
     ] = "",
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure competitors too.")] = True,
     model: Annotated[list[Path] | None, typer.Option(help="runtime: folders written by `effk compress`.")] = None,
@@ -94,6 +102,11 @@ def main(
         if names := [f"--{name}" for name, value in given.items() if value]:
             raise typer.BadParameter(f"--op fftconv: expected no {', '.join(names)}: options of wq_linear")
         convolution(quick, threads, json_file, isa, shape, kinds, baselines, console)
+        return
+    if op in ("dense_linear", "dyad_linear"):
+        if names := [f"--{name}" for name, value in {"bits": bits, "compute": compute}.items() if value]:
+            raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
+        layers(op, quick, threads, json_file, isa, m, shape, kinds, baselines, console)
         return
     linear(quick, threads, json_file, isa, m, bits, compute, shape, baselines, console)
 
@@ -152,6 +165,40 @@ def convolution(
     with console.status("measuring") as status, torch.inference_mode():
         result = fftconv_table.run(plan, lambda text: (status.update(text), console.log(text)))
     save(json_file, result, "fftconv")
+    report.print_run(result, console)
+
+
+def layers(
+    op: str,
+    quick: bool,
+    threads: int,
+    json_file: Path | None,
+    isa: str,
+    m: str,
+    shape: str,
+    kinds: str,
+    baselines: bool,
+    console: Console,
+) -> None:
+    """The dense_linear and dyad_linear tables."""
+    from . import dyad_problem as problem
+    from . import dyad_table, measure, report
+
+    known = problem.DENSE_KINDS if op == dyad_table.DENSE else problem.KINDS
+    plan = dyad_table.Plan(
+        op,
+        some_of("--shape", shape, {str(s): s for s in problem.LAYERS}, problem.QUICK if quick else problem.LAYERS),
+        threads,
+        tiers_of(isa),
+        integers(m) if m else problem.TOKENS[:2] if quick else problem.TOKENS,
+        some_of("--kind", kinds, {name: name for name in known}, known),
+        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
+        turns=3 if quick else 5,
+        baselines=baselines,
+    )
+    with console.status("measuring") as status:
+        result = dyad_table.run(plan, lambda text: (status.update(text), console.log(text)))
+    save(json_file, result, op)
     report.print_run(result, console)
 
 

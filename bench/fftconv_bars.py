@@ -112,14 +112,14 @@ def over(rows: Sequence[Row]) -> Callable[[Row], float | None]:
     return ratio
 
 
-def fma_peak(rows: Sequence[Row], threads: int, tier: str) -> float | None:
-    """The highest fp32 peak measured for the tier or one below it, GFLOP/s; runs of some shapes each have one."""
+def fma_peak(rows: Sequence[Row], threads: int, tier: str, case: str = "fp32 peak") -> float | None:
+    """The highest peak measured for the tier or one below it, GFLOP/s; runs of some shapes each have one."""
     below = TIERS[: TIERS.index(tier) + 1] if tier else ()
     return max(
         (
             r.gflops
             for r in rows
-            if r.op == "machine" and r.threads == threads and r.case == "fp32 peak" and r.isa in below and r.gflops
+            if r.op == "machine" and r.threads == threads and r.case == case and r.isa in below and r.gflops
         ),
         default=None,
     )

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 OURS = "effk"
+WITH_KINDS = ("fftconv", "dense_linear", "dyad_linear")  # ops whose case starts with what is done
 COLD, WARM = "cold", "warm"
 
 
@@ -52,7 +53,7 @@ class Row:
     @property
     def kind(self) -> str:
         """What a row's call does, where ops have several: rows compete within a kind. The case says how as well."""
-        return self.case.partition(",")[0] if self.op == "fftconv" else ""
+        return self.case.partition(",")[0] if self.op in WITH_KINDS else ""
 
     @property
     def valid(self) -> bool:
@@ -166,7 +167,16 @@ def shape_name(row: Row) -> str:
     s = row.shape
     if row.op == "fftconv":
         return f"{s['B']}x{s['H']}x{s['L']}"
+    if "d_in" in s:
+        f_in, f_out = layer_sides(row)
+        return f"T={s['T']} {f_in}x{f_out}" + (f" n={s['n']}" if s["n"] > 1 else "")
     return f"M={s['M']} {s['N']}x{s['K']} {s['bits']}b" if "bits" in s else " ".join(f"{k}={v}" for k, v in s.items())
+
+
+def layer_sides(row: Row) -> tuple[int, int]:
+    """f_in, f_out of a row whose shape has the sides of a block and their number."""
+    s = row.shape
+    return s["n"] * s["d_in"], s["n"] * s["d_out"]
 
 
 def cells(row: Row) -> list[str]:
@@ -214,17 +224,22 @@ def print_table(rows: Sequence[Row], console: Console, title: str) -> None:
 def print_summary(rows: Sequence[Row], console: Console) -> None:
     """Per case of ours: geometric means over the shapes with the worst shape named."""
     table = Table(title="Geometric mean over shapes (worst)", title_justify="left")
-    for name in ("case", "isa", "bits", "M", "% roof", "x best competitor"):
+    for name in ("case", "isa", "bits or n", "M or T", "% roof", "x best competitor"):
         table.add_column(name, justify="left" if name in ("case", "isa") else "right")
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
         if row.ours and row.roofline and row.valid and not row.case.endswith(WARM):
-            key = row.case, row.isa, row.shape.get("bits", 0), row.shape.get("M", 0)
+            key = row.case, row.isa, width(row), row.shape.get("M", row.shape.get("T", 0))
             groups.setdefault(key, []).append(row)
     for key, members in sorted(groups.items(), key=lambda item: (item[0][0], item[0][1], -item[0][2], item[0][3])):
         cells = [str(part) if part else "-" for part in key]
         table.add_row(*cells, _mean_and_worst(members, "roofline", 100), _mean_and_worst(members, "vs_best", 1))
     console.print(table)
+
+
+def width(row: Row) -> int:
+    """Bits of a weight, or blocks of a layer."""
+    return row.shape.get("bits", row.shape.get("n", 0))
 
 
 def _mean_and_worst(rows: Sequence[Row], name: str, factor: float) -> str:
@@ -246,7 +261,7 @@ def print_run(result: object, console: Console) -> None:
     order: dict[tuple, int] = {}
     for row in cold:
         order.setdefault(_block(row), len(order))
-    cold.sort(key=lambda r: (order[_block(r)], r.shape.get("bits", 0), not r.ours, r.us or 0.0))
+    cold.sort(key=lambda r: (order[_block(r)], width(r), not r.ours, r.us or 0.0))
     state = "cold weights" if cold and cold[0].op == "wq_linear" else "inputs in turn"
     print_table(
         cold, console, f"{cold[0].op}, {m.threads} thread{'s' * (m.threads > 1)}, {state}" if cold else "no rows"
@@ -268,4 +283,6 @@ def print_run(result: object, console: Console) -> None:
 
 def _block(row: Row) -> tuple:
     """What rows that were timed together have in common."""
+    if "d_in" in row.shape:
+        return row.kind, *layer_sides(row), row.shape["T"]
     return row.kind, *(row.shape.get(key) for key in ("N", "K", "M", "B", "H", "L"))

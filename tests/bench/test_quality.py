@@ -34,7 +34,11 @@ def fake_rows() -> dict[str, dict[str, float]]:
         rows[f"llm-mq-{budget}"], rows[f"static-{budget}"] = dict(row), dict(row)
     for budget in RANDOM_BUDGETS:
         for seed in SEEDS:
-            rows[f"static-random-{budget}-{seed}"] = {"perplexity": 90.0 + seed, "nominal_bits": budget, "true_bits": 3.4}
+            rows[f"static-random-{budget}-{seed}"] = {
+                "perplexity": 90.0 + seed,
+                "nominal_bits": budget,
+                "true_bits": 3.4,
+            }
     return rows
 
 
