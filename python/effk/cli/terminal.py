@@ -34,7 +34,8 @@ def result(record: Any, as_json: bool, *text: RenderableType) -> None:
     if as_json:
         print(json.dumps(record, indent=1, default=str))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    # A file or a pipe has no width: tables must not be cut to the 80 columns that are assumed then.
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     for part in text:
         console.print(part, markup=False) if isinstance(part, str) else console.print(part)
 
