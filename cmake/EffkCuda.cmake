@@ -7,6 +7,9 @@
 # torch will do; cudart is linked statically, so that a machine without a driver can still load the library.
 
 set(EFFK_CUDA AUTO CACHE STRING "CUDA kernels: AUTO, ON or OFF")
+if(NOT EFFK_CUDA MATCHES "^(AUTO|ON|OFF)$")
+  message(FATAL_ERROR "effk: EFFK_CUDA: expected AUTO, ON or OFF, got '${EFFK_CUDA}'")
+endif()
 # Machine code of 8.0 serves 8.6 and 8.9 too (one major version is binary compatible), and from the code for the virtual
 # 9.0 the driver compiles for later devices when a kernel is first used. Two architectures build in a third of the time.
 set(EFFK_CUDA_ARCHS "80-real;90" CACHE STRING "Architectures of the CUDA kernels: a list, or all")
