@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import effk
-from bench import dyad_bars, dyad_problem, dyad_table
+from bench import dyad_bars, dyad_page, dyad_problem, dyad_table
 from bench.baselines import torch_dense
 from bench.dyad_problem import DENSE_KINDS, FF, FORWARD, KINDS, TRAINING, Layer, Problem, flops, weight_bytes
 from bench.report import Row, set_vs_best, shape_name
@@ -141,6 +141,11 @@ def test_bars() -> None:
     assert find(rows, "n=4 fp32: (2/n) of our dense").worst.value == 0.8
     assert find(rows, "n=4 fp32 feed-forward: time of two calls").worst.value == 1.1
     assert find(rows, "n=4 bf16: x torch").outcome == "open"
+    (line, *_) = dyad_page.lines(rows, "dyad_linear")
+    cells = dict(zip(dyad_page.HEADER, line, strict=True))
+    assert (cells["effk us"], cells["effk dense us"], cells["x torch"], cells["x strongest"]) == ("5.5", "9", "-", "-")
+    cells = dict(zip(dyad_page.HEADER, list(dyad_page.lines(rows, "dyad_linear"))[1], strict=True))
+    assert (cells["x torch"], cells["strongest dense us"]) == ("4", "18 (onnxruntime MatMul)")
     peak = Row("machine", "fp32 peak", {}, "", "avx512", 1, "cpu", "", None, None, None, 100.0, None, None, None)
     note = Row("machine", torch_dense.AVOIDS, {}, "", "", 1, "cpu", "", *[None] * 7)
     rows = [peak, row("effk dense_linear", 10.0, "forward fp32", 1, "dense_linear", gf=81.0)]
@@ -152,3 +157,5 @@ def test_bars() -> None:
     assert "MKL without AVX-512" in find(rows, "dense fp32: x torch").name
     assert find(rows, "dense fp32: x strongest dense").worst.value == 2.0
     assert list(dyad_bars.judge([peak], 1)) == []
+    assert "MKL without AVX-512" in next(dyad_page.notes(rows)) and list(dyad_page.notes(rows[:1])) == []
+    assert list(dyad_page.sections(rows)) == [("dense_linear", "Dense layers")]
