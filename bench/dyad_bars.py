@@ -38,7 +38,8 @@ def judge(rows: Sequence[Row], threads: int) -> Iterator[Verdict]:
     limits = [r for r in rows if r.op == "machine" and r.threads == threads]
     tier = max((r.isa for r in here if r.ours), key=TIERS.index, default="")
     mine = [r for r in here if r.ours and r.isa == tier]
-    torch_name = torch_dense.NAME + (f" ({MKL})" if any(torch_dense.AVOIDS in r.case for r in limits) else "")
+    avoids = any(torch_dense.AVOIDS in r.case for r in limits)
+    torch_names = {"fp32": torch_dense.NAME + f" ({MKL})" * avoids, "bf16": torch_dense.NAME}
 
     def verdict(
         name: str, least: float, rows: Sequence[Row], value: Value, op: str, information: bool = False
@@ -76,6 +77,7 @@ def judge(rows: Sequence[Row], threads: int) -> Iterator[Verdict]:
     if any(r.op == DENSE_OP for r in here):
         own = [r for r in mine if r.op == DENSE_OP and r.shape["T"] >= MANY]
         for dtype, least in PEAK.items():
+            torch_name = torch_names[dtype]
             peak = fma_peak(limits, threads, tier, f"{dtype} peak")
             found = [r for r in own if r.kind == f"{FORWARD} {dtype}"]
             share = of_peak(peak)
@@ -87,7 +89,7 @@ def judge(rows: Sequence[Row], threads: int) -> Iterator[Verdict]:
             yield verdict(f"dense {dtype}: x strongest dense", 1.0, found, strongest, DENSE_OP, True)
     if not any(r.op == OP for r in here):
         return
-    for dtype in PEAK:
+    for dtype, torch_name in torch_names.items():
         forward, training, ff = (f"{what} {dtype}" for what in (FORWARD, TRAINING, FF))
         for n in (4, 8):
             found = ours(forward, n)
