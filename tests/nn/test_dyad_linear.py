@@ -428,7 +428,7 @@ def test_mlp(variant: str, act: str, prepared: list[tuple]) -> None:
         assert all(p.grad is not None for p in mlp.parameters())
         with torch.no_grad():
             check(mlp(x).reshape(10, 16), expected, allowed)
-            mlp(x)
+            assert torch.equal(mlp(x), mlp.fc2(mlp.fc1(x, act)))
             assert len(prepared) == before + 2
             mlp.fc2.wu.zero_()
             zeroed = dy.reference(hidden, two.wl, 0 * two.wu, two.bias, variant)
