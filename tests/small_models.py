@@ -1,4 +1,4 @@
-"""Random models of four architectures, small enough for every test, and the least method there can be."""
+"""Random models of several architectures, small enough for every test, and the least method there can be."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -31,10 +35,15 @@ _LLAMA = _IDS | {
     "vocab_size": VOCABULARY, "hidden_size": 72, "intermediate_size": 104, "num_hidden_layers": 3,
     "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
+_PLAIN = _IDS | {
+    "vocab_size": VOCABULARY, "hidden_size": 72, "intermediate_size": 104, "num_hidden_layers": 3,
+    "num_attention_heads": 6, "max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def small_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A three-block model: "llama" (tied head), "qwen2" (biases, sliding windows), "mistral", "opt", "gpt2"."""
+    """A three-block model: "llama" (tied head), "qwen2" (biases, sliding windows), "mistral", "opt", "gpt2", "gpt_neox";
+    or the encoder "bert"."""
     torch.manual_seed(0)
     model: nn.Module = {
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
@@ -53,6 +62,8 @@ def small_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         "gpt2": lambda: GPT2LMHeadModel(
             GPT2Config(**_IDS, vocab_size=VOCABULARY, n_embd=72, n_layer=3, n_head=6, n_positions=64)
         ),
+        "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_PLAIN)),
+        "bert": lambda: BertModel(BertConfig(**_PLAIN)),
     }[name]()  # fmt: skip
     for parameter in model.parameters():  # transformers starts biases at zero, where a lost one would not show
         if parameter.dim() == 1:
@@ -61,6 +72,7 @@ def small_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 MODELS = ("llama", "qwen2", "mistral", "opt", "gpt2")
+FEEDFORWARDS = (*MODELS, "gpt_neox", "bert")  # those whose feed-forward networks can be replaced
 
 
 def token_batches(count: int = 2, length: int = 16, seed: int = 0) -> list[Tensor]:

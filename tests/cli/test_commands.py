@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -16,7 +17,8 @@ import typer
 import effk as package
 from effk import isa
 from effk.cli import bench
-from effk.compress import Plan
+from effk.compress import NetworkPlan, Plan
+from effk.nn import DyadLowRank
 
 LLM_MQ = ("--calib-length", "64", "--calib-sequences", "4", "--set", "score_sequences=2")
 
@@ -59,6 +61,26 @@ def test_an_edited_plan_is_applied(tiny: Path, effk: Callable, tmp_path: Path) -
     ran = effk("compress", tiny, "--plan", tmp_path / "edited.json", "--out", tmp_path / "model", "--json")
     bits = {name: entry["bits"] for name, entry in ran.json["report"]["layers"].items()}
     assert bits.pop(layer) == 2 and set(bits.values()) == {4}
+
+
+def test_feed_forward_networks_become_dyad_layers(tiny: Path, effk: Callable, tmp_path: Path) -> None:
+    options = ("--recipe", "dyad", "--set", "n=8", "--set", "variant=dt", "--calib-length", 32, "--calib-sequences", 16)
+    table = effk("compress", tiny, *options, "--plan-only", "--out", tmp_path / "plan")
+    assert table.status == 0 and "model.layers.0.mlp" in table.stdout, table.stderr
+    path = tmp_path / "plan" / "plan.json"
+    plan = NetworkPlan.from_json(path.read_text())
+    assert plan.networks["model.layers.1.mlp"] == {"n": 8, "variant": "dt", "rank": 0}
+    path.write_text(dataclasses.replace(plan, networks={"model.layers.1.mlp": {"n": 4, "variant": "it", "rank": 2}}).to_json())
+    ran = effk("compress", tiny, "--plan", path, *options[6:], "--out", tmp_path / "model", "--json")
+    assert ran.status == 0, ran.stderr
+    report = ran.json["report"]
+    assert list(report["networks"]) == ["model.layers.1.mlp"] and report["held_out"] == 2
+    assert report["perplexity_before"] > 1 and report["perplexity_after"] > 1
+    assert json.loads((tmp_path / "model" / "report.json").read_text()) == report
+    layer = package.load(tmp_path / "model").model.layers[1].mlp.down_proj
+    assert isinstance(layer, DyadLowRank) and layer.dyad.n_dyad == 4 and layer.a.dtype == torch.bfloat16
+    refused = effk("compress", tiny, *options[:2], "--set", "n=5", *options[6:], "--out", tmp_path / "no")
+    assert refused.status != 0 and "n: expected a divisor of both" in refused.stderr and not (tmp_path / "no").exists()
 
 
 def test_plan_only_prints_a_plan_that_can_be_read_back(tiny: Path, effk: Callable) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from .. import hub
-from ..compress import Plan, Recipe, make_plan, recipe_from_json
+from ..compress import NetworkPlan, Plan, Recipe, make_plan, plan_from_json, recipe_from_json
 from ..compress import compress as compress_model
 from ..compress.registry import handler_for
 from ..compress.solvers.knapsack import InfeasibleBudget
@@ -30,7 +30,7 @@ PLAN, REPORT = "plan.json", "report.json"
 def compress(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Folder to write: model, tokenizer, plan.json, report.json.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="llm-mq (default), finequant or rtn.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="llm-mq (default), finequant, rtn or dyad.")] = None,
     bits: Annotated[float | None, typer.Option(help="Bits per weight; for llm-mq the average, e.g. 3.4.")] = None,
     group: Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128, 256; 0: the row.")] = None,
     compute: Annotated[str | None, typer.Option(help="float (exact) or int8 (faster, about 1 % error).")] = None,
@@ -100,8 +100,14 @@ def compress(
     result(record, as_json, str(report))
 
 
-def plan_table(plan: Plan) -> Table:
-    """A plan for people: one line a layer."""
+def plan_table(plan: Plan | NetworkPlan) -> Table:
+    """A plan for people: one line a layer or network."""
+    if isinstance(plan, NetworkPlan):
+        titles, *rows = plan.table()
+        table = Table(*titles)
+        for row in rows:
+            table.add_row(*row)
+        return table
     table = Table("layer", "bits", "group", "format", "outliers", "MB before", "MB after", "score")
     for name, entry in plan.layers.items():
         score = "" if entry.score is None else f"{entry.score:.3g}"
@@ -121,7 +127,7 @@ def _recipe_and_plan(
     compute: str | None,
     embedding_bits: int | None,
     settings: list[str] | None,
-) -> tuple[Recipe, Plan | None]:
+) -> tuple[Recipe, Plan | NetworkPlan | None]:
     options = {"bits": bits, "group_size": group, "compute": compute, "embedding_bits": embedding_bits}
     if plan is None:
         return make_recipe(method or "llm-mq", settings or (), **options), None
@@ -129,7 +135,7 @@ def _recipe_and_plan(
     names |= {"--embedding-bits": embedding_bits, "--set": settings}
     if clash := [name for name, value in names.items() if value is not None and value != []]:
         raise ValueError(f"--plan: expected no {', '.join(clash)} beside it: the plan carries its recipe")
-    loaded = Plan.from_json(read_text("--plan", plan))
+    loaded = plan_from_json(read_text("--plan", plan))
     return recipe_from_json(loaded.recipe), loaded
 
 

@@ -7,11 +7,12 @@ object's class is one that is.)
 Steps of a call, each in its own module: find the layers (``layers``), let the method prepare the model and make a
 plan (``registry``, ``passes``, ``plan``), apply it block by block on calibration data (``apply``, ``calibrate``),
 compress the embedding (``embedding``), let layers over one input share their kernel call (``fuse``), and report
-(``report``). Recipes for long filters go another way (``filters``).
+(``report``). Recipes for long filters and for feed-forward networks go other ways (``filters``, ``convert``).
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from ..hub.record import PROVENANCE
 from .apply import apply_plan, model_bytes
 from .calibrate import check_calib
+from .convert import compress_networks, make_network_plan
 from .embedding import compress_embedding, find_embedding
 from .filters import FilterHandler, FilterPlan, FilterRecipe, FilterReport, compress_filters, make_filter_plan
 from .fuse import fuse_shared_inputs
 from .layers import Layer, find_layers
+from .networks import NetworkHandler, NetworkPlan, NetworkRecipe, NetworkReport
 from .plan import LayerPlan, Plan
 from .recipe import Recipe, matches
 from .registry import Context, Handler, Progress, handler_for, recipe_from_json, recipe_types, register
@@ -34,24 +37,27 @@ from .report import LayerReport, Report
 
 __all__ = [
     "Context", "FilterHandler", "FilterPlan", "FilterRecipe", "FilterReport", "Handler", "Layer", "LayerPlan",
-    "LayerReport", "Plan", "Progress", "Recipe", "Report", "compress", "make_plan", "recipe_from_json", "recipe_types",
-    "register",
+    "LayerReport", "NetworkHandler", "NetworkPlan", "NetworkRecipe", "NetworkReport", "Plan",
+    "Progress", "Recipe", "Report", "compress", "make_plan", "plan_from_json", "recipe_from_json", "recipe_types", "register",
 ]  # fmt: skip
+
+AnyPlan = Plan | FilterPlan | NetworkPlan
 
 
 def compress(
     model: nn.Module,
     recipe: Recipe,
     calib: Sequence[Tensor] | None = None,
-    plan: Plan | FilterPlan | None = None,
+    plan: AnyPlan | None = None,
     progress: Progress | None = None,
-) -> Report | FilterReport:
+) -> Report | FilterReport | NetworkReport:
     """Compress ``model`` in place.
 
     Args:
         model: any module with ``nn.Linear`` (or GPT-2's ``Conv1D``) layers; methods that calibrate need a decoder of
             transformers. For a recipe of long filters, a module with :class:`effk.nn.LongFilter` children that takes
-            token ids and gives logits. It is left in evaluation mode.
+            token ids and gives logits. For a recipe of feed-forward networks, a transformers model of a known shape,
+            decoder or encoder. It is left in evaluation mode.
         recipe: what to do; one of :func:`recipe_types`.
         calib: token ids, each int64 ``[batch, length]``, for methods that calibrate.
         plan: apply this plan, for example an edited one, instead of making one.
@@ -70,6 +76,12 @@ def compress(
         _check_plan(recipe, plan)
         model.eval()
         return compress_filters(model, recipe, handler, calib or (), plan, progress or silent)
+    if isinstance(handler, NetworkHandler):
+        _check_plan(recipe, plan)
+        model.eval()
+        report = compress_networks(model, recipe, handler, calib or (), plan, progress or silent)
+        _mark(model, recipe)
+        return report
     context, handler, kept = _open(model, recipe, calib, progress)
     before, seconds = model_bytes(model), {}
     _check_plan(recipe, plan)
@@ -109,7 +121,7 @@ def compress(
 
 def make_plan(
     model: nn.Module, recipe: Recipe, calib: Sequence[Tensor] | None = None, progress: Progress | None = None
-) -> Plan | FilterPlan:
+) -> AnyPlan:
     """The plan that :func:`compress` would apply. Methods that prepare the model do so here too (same function, other
     weights), so plan and compress the same model object, or load a fresh one for the second step.
 
@@ -117,17 +129,35 @@ def make_plan(
     """
     if isinstance(handler := handler_for(recipe), FilterHandler):
         return make_filter_plan(model, recipe, handler, calib or (), progress or silent)
+    if isinstance(handler, NetworkHandler):
+        return make_network_plan(model, recipe, handler)
     context, handler, kept = _open(model, recipe, calib, progress)
     handler.prepare(context, None)
     plan = handler.plan(context).bind(context.layers)
     return Plan(plan.recipe, plan.layers, {**kept, **plan.skipped, **context.skipped}, plan.notes)
 
 
+def plan_from_json(text: str) -> AnyPlan:
+    """A plan of any kind from its text, which says by its recipe what kind it is.
+
+    Raises:
+        ValueError: not a plan, or one of an unknown recipe.
+    """
+    try:
+        name = json.loads(text)["recipe"]["name"]
+    except (ValueError, LookupError, TypeError):
+        return Plan.from_json(text)  # which says what is wrong
+    kinds = {FilterRecipe: FilterPlan, NetworkRecipe: NetworkPlan}
+    recipe_type = recipe_types().get(name, Recipe) if isinstance(name, str) else Recipe
+    kind = next((plan for base, plan in kinds.items() if issubclass(recipe_type, base)), Plan)
+    return kind.from_json(text)
+
+
 def silent(stage: str, done: int, total: int) -> None:
     """No progress."""
 
 
-def _check_plan(recipe: Recipe, plan: Plan | FilterPlan | None) -> None:
+def _check_plan(recipe: Recipe, plan: AnyPlan | None) -> None:
     if plan is not None and plan.recipe.get("name") != recipe.name:
         raise ValueError(f"compress: plan: expected one of recipe {recipe.name!r}, got {plan.recipe.get('name')!r}")
 

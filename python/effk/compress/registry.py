@@ -19,6 +19,7 @@ from ..formats.wq import WqWeight
 from .calibrate import LayerStats
 from .filters import FilterHandler
 from .layers import Layer
+from .networks import NetworkHandler
 from .plan import LayerPlan, Plan
 from .recipe import Recipe
 
@@ -84,12 +85,12 @@ class Handler(ABC):
         """Compress ``weight`` (fp32 ``[N, K]``) as ``entry`` says; ``stats`` is there if ``statistics`` asked."""
 
 
-AnyHandler = Handler | FilterHandler
+AnyHandler = Handler | FilterHandler | NetworkHandler
 _HANDLERS: dict[type[Recipe], AnyHandler] = {}
 
 
 def register(recipe_type: type[Recipe]) -> Callable[[type[AnyHandler]], type[AnyHandler]]:
-    """Class decorator: the handler of recipes of ``recipe_type``, for linear layers or for long filters."""
+    """Class decorator: the handler of recipes of ``recipe_type``, for linear layers, long filters or feed-forward networks."""
 
     def decorate(handler_type: type[AnyHandler]) -> type[AnyHandler]:
         if recipe_type in _HANDLERS or any(recipe_type.name == other.name for other in _HANDLERS):

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -21,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..compress.embedding import EmbeddingPair, install_embedding, untie
 from ..compress.fuse import fuse_shared_inputs
 from ..compress.layers import replace_module
-from ..nn import WqLinear
+from ..nn import DyadLinear, DyadLowRank, WqLinear
 from .checkpoint import check_file, find_weights, read_header
 from .record import PROVENANCE, QUANT_METHOD, VERSION, check_record, describe
 from .stored import StoredWeight
@@ -66,6 +68,11 @@ class EffkQuantizer(HfQuantizer):
         for name, fields in record["layers"].items():
             _check_target(model, name, fields, transposed_ok=True)
             replace_module(model, name, StoredWeight(fields, fields["n"] if fields["bias"] else None))
+        for name, fields in record.get("dyad", {}).items():
+            _check_target(
+                model, name, {"n": fields["out_features"], "k": fields["in_features"]}, transposed_ok=True
+            )
+            replace_module(model, name, _empty_dyad(fields, model.get_submodule(name).weight))
         if (entry := record["embedding"]) is not None:
             _check_target(model, entry["name"], entry, transposed_ok=False)
             replace_module(model, entry["name"], StoredWeight(entry, None))
@@ -122,9 +129,21 @@ class EffkQuantizer(HfQuantizer):
 
 def adopt(model: PreTrainedModel) -> None:
     """Make a model that was compressed in memory known as ours, so that its ``save_pretrained`` writes what loads."""
-    empty = {"version": VERSION, "fuse": False, "recipe": None, "layers": {}, "embedding": None, "weights": None}
+    empty = {"version": VERSION, "fuse": False, "recipe": None, "layers": {}, "embedding": None}
+    empty |= {"dyad": {}, "weights": None}
     model.hf_quantizer = EffkQuantizer(EffkConfig(**empty))  # the record is made when the model is saved
     model.quantization_method = QUANT_METHOD
+
+
+def _empty_dyad(fields: dict[str, Any], like: Tensor) -> DyadLinear | DyadLowRank:
+    """A layer without numbers, for the loader to fill."""
+    with torch.device("meta"):
+        module = DyadLinear(
+            fields["in_features"], fields["out_features"], fields["n_dyad"], fields["variant"], fields["bias"]
+        )
+        if fields["rank"]:
+            module = DyadLowRank(module, fields["rank"])
+    return module.to(like.dtype).to_empty(device=like.device)
 
 
 def _check_target(model: nn.Module, name: str, fields: dict[str, Any], transposed_ok: bool) -> None:
@@ -154,6 +173,7 @@ def _check_files(model: nn.Module, record: dict[str, Any], files: Sequence[str],
     for file in files:
         held |= read_header(Path(file))
     expected = model.state_dict()
+    held = {name if name in expected else _renamed(model, name): kind for name, kind in held.items()}
     missing = sorted(set(expected) - set(held) - optional)
     unknown = sorted(set(held) - set(expected))
     if missing or unknown:
@@ -174,6 +194,14 @@ def _check_files(model: nn.Module, record: dict[str, Any], files: Sequence[str],
         same_kind = dtype is not None and dtype.is_floating_point == tensor.dtype.is_floating_point
         if shape != tuple(tensor.shape) or not (dtype == tensor.dtype if name in exact else same_kind):
             raise ValueError(f"load: {name}: expected {tensor.dtype} {list(tensor.shape)}, got {code} {list(shape)}")
+
+
+def _renamed(model: nn.Module, name: str) -> str:
+    """What transformers calls the tensor ``name`` of a file: ``save_pretrained`` writes some heads by older names."""
+    for step in get_model_conversion_mapping(model):
+        if type(step) is WeightRenaming:
+            name, _ = step.rename_source_key(name)
+    return name
 
 
 def _weight(name: str, stored: StoredWeight) -> WqWeight:

@@ -6,10 +6,12 @@
      "layers": {module: {"n", "k", "bits", "group_size", "scale_dtype", "zeros", "codebook", "outliers",
                          "compute", "bias"}},
      "embedding": {"name", "head", "head_bias", the fields above but "bias"} or null,
+     "dyad": {module: {"in_features", "out_features", "n_dyad", "variant", "bias", "rank"}},
      "weights": {"file", "bytes", "sha256"} or null}
 
 The tensors of a module are stored beside its other ones as ``<module>.qweight``, ``<module>.scales`` and so on, in the
-canonical form (:mod:`effk.formats.wq`). ``recipe`` tells how the model was made; loading does not need it.
+canonical form (:mod:`effk.formats.wq`); those of a DYAD layer are its parameters. "dyad" may be missing. ``recipe``
+tells how the model was made; loading does not need it.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..formats.wq import state_shapes
-from ..nn import WqEmbedding, WqLinear, WqTiedHead
+from ..nn import DyadLinear, DyadLowRank, WqEmbedding, WqLinear, WqTiedHead
 
 QUANT_METHOD = "effk"
 VERSION = 1
@@ -39,11 +41,16 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     layers: dict[str, dict[str, Any]] = {}
     embedding: dict[str, Any] | None = None
+    dyad: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     heads = {id(m._embedding): (name, m) for name, m in model.named_modules() if isinstance(m, WqTiedHead)}
     skip: set[str] = set()
     fused = False
     for name, module in model.named_modules():
+        if isinstance(module, DyadLowRank):
+            dyad[name] = _dyad_fields(module.dyad) | {"rank": module.a.shape[1]}
+        elif isinstance(module, DyadLinear) and name.rpartition(".")[0] not in dyad:
+            dyad[name] = _dyad_fields(module) | {"rank": 0}
         if isinstance(module, WqLinear):
             weight = module.to_weight()
             tensors |= {f"{name}.{key}": tensor for key, tensor in weight.to_state().items()}
@@ -58,7 +65,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
             fused = fused or module._shared is not None
             if module.bias is not None:
                 tensors[f"{name}.bias"] = module.bias
-    if not layers and embedding is None:
+    if not layers and embedding is None and not dyad:
         raise ValueError("save: model: expected a model with compressed layers, got none")
     for name, tensor in (*model.named_parameters(), *_persistent_buffers(model)):
         if name not in skip:
@@ -70,6 +77,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "recipe": getattr(model, PROVENANCE, None),
         "layers": layers,
         "embedding": embedding,
+        "dyad": dyad,
         "weights": None,
     }
     return record, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -96,6 +104,10 @@ def check_record(record: Mapping[str, Any]) -> None:
         _expect("embedding.name", embedding["name"], isinstance(embedding["name"], str), "a module name")
         _expect("embedding.head", head, head is None or isinstance(head, str), "a module name or null")
         _expect("embedding.head_bias", embedding["head_bias"], type(embedding["head_bias"]) is bool, "a boolean")
+    dyad = record.get("dyad", {})
+    _expect("dyad", type(dyad).__name__, isinstance(dyad, dict), "an object")
+    for name, fields in dyad.items():
+        _check_dyad(name, fields)
     weights = record.get("weights")
     if weights is not None:
         legal = isinstance(weights, dict) and {k: type(v) for k, v in weights.items()} == {
@@ -121,6 +133,22 @@ def _check_module(name: str, fields: Any, extra: set[str]) -> None:
     except (ValueError, TypeError) as error:
         raise ValueError(f"load: quantization_config: {name}: {error}") from None
     _expect(f"{name}.compute", fields["compute"], fields["compute"] in ("float", "int8"), "'float' or 'int8'")
+
+
+def _dyad_fields(module: DyadLinear) -> dict[str, Any]:
+    names = ("in_features", "out_features", "n_dyad", "variant")
+    return {name: getattr(module, name) for name in names} | {"bias": module.bias is not None}
+
+
+def _check_dyad(name: str, fields: Any) -> None:
+    kinds = {"in_features": int, "out_features": int, "n_dyad": int, "variant": str, "bias": bool, "rank": int}
+    legal = isinstance(fields, dict) and {key: type(value) for key, value in fields.items()} == kinds
+    _expect(name, fields, legal, f"an object with {sorted(kinds)}")
+    sides = (fields["out_features"], fields["in_features"])
+    whole = min(*sides, fields["n_dyad"]) > 0 and not any(side % fields["n_dyad"] for side in sides)
+    _expect(f"{name}.n_dyad", fields["n_dyad"], whole, "a divisor of both sides")
+    _expect(f"{name}.variant", fields["variant"], fields["variant"] in ("it", "ot", "dt"), "'it', 'ot' or 'dt'")
+    _expect(f"{name}.rank", fields["rank"], 0 <= fields["rank"] <= min(sides), "0 or a rank")
 
 
 def _expect(name: str, got: Any, ok: bool, expected: str) -> None:

@@ -5,6 +5,7 @@
 
 from .depthwise_conv1d import DepthwiseConv1d
 from .dyad_linear import DyadLinear, DyadMLP, DyadWqLinear, dyad_state_dict_from_released
+from .dyad_lowrank import DyadLowRank
 from .fftconv import FFTConv, FlashFFTConv
 from .fftconv_decoder import FFTConvDecoder
 from .hyena import HyenaOperator
@@ -16,6 +17,7 @@ __all__ = [
     "BandLimitedFilter",
     "DepthwiseConv1d",
     "DyadLinear",
+    "DyadLowRank",
     "DyadMLP",
     "DyadWqLinear",
     "ExplicitFilter",
