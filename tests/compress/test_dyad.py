@@ -19,7 +19,7 @@ from effk.compress.convert import hold_out
 from effk.compress.feedforward import find_feedforwards
 from effk.compress.passes.dyad import Dyad, DyadHandler, convert_dense_to_dyad, init_dyad
 from effk.compress.solvers.dyad import mask
-from effk.nn import DyadLinear, DyadLowRank
+from effk.nn import DyadLinear, DyadLowRank, DyadWqLinear
 from small_models import FEEDFORWARDS, small_model, token_batches
 
 IDS = token_batches(1)[0]
@@ -241,19 +241,44 @@ def test_plans_are_edited_and_give_the_same_model() -> None:
     effk.compress(at_once, recipe, CALIB)
     plan = make_plan(later, recipe)
     assert plan.networks == {
-        "model.layers.0.mlp": {"n": 4, "variant": "it", "rank": 0},
-        "model.layers.1.mlp": {"n": 8, "variant": "it", "rank": 2},
+        "model.layers.0.mlp": {"n": 4, "variant": "it", "rank": 0, "bits": 0},
+        "model.layers.1.mlp": {"n": 8, "variant": "it", "rank": 2, "bits": 0},
     }
     assert plan.skipped == {"model.layers.2.mlp": "ignored by the recipe"}
     read = plan_from_json(plan.to_json())
     assert read == plan and "model.layers.1.mlp" in str(plan.table())
     effk.compress(later, recipe, CALIB, plan=read)
     assert torch.equal(output(later), output(at_once))
-    edited = dataclasses.replace(plan, networks={"model.layers.2.mlp": {"n": 2, "variant": "dt", "rank": 0}}, skipped={})
+    edited = dataclasses.replace(plan, networks={"model.layers.2.mlp": {"n": 2, "variant": "dt", "rank": 0, "bits": 0}}, skipped={})
     model = small_model("llama")
     report = effk.compress(model, recipe, CALIB, plan=edited)
     assert list(report.networks) == ["model.layers.2.mlp"] and model.model.layers[2].mlp.up_proj.variant == "dt"
     assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+
+
+def wide(name: str = "llama") -> nn.Module:
+    """A model whose blocks have a multiple of 16 outputs at n = 2."""
+    torch.manual_seed(0)
+    config = type(small_model(name).config)(**small_model(name).config.to_dict() | {"hidden_size": 96, "intermediate_size": 160})
+    return type(small_model(name))(config).eval()
+
+
+@pytest.mark.parametrize("variant", ["it", "ot", "dt"])
+@pytest.mark.parametrize(("compute", "rank"), [("float", 0), ("int8", 0), ("float", 3)])
+def test_quantised_blocks_are_the_rounded_ones(variant: str, compute: str, rank: int) -> None:
+    plain, small = wide(), wide()
+    effk.compress(plain, Dyad(n=2, variant=variant, rank=rank), CALIB)
+    report = effk.compress(small, Dyad(n=2, variant=variant, rank=rank, bits=8, group_size=32, compute=compute), CALIB)
+    for entry in report.networks.values():
+        for layer in entry.layers:
+            a, b = plain.get_submodule(layer), small.get_submodule(layer)
+            a, b = (a.dyad, b.dyad) if rank else (a, b)
+            assert isinstance(b, DyadWqLinear) and (b.bits, b.compute, b.variant) == (8, compute, variant)
+            for w, rounded in zip((a.wl, a.wu), b.dequantize(), strict=True):
+                assert 0 < float((w - rounded).norm() / w.norm()) < 0.01  # half a step of 2 max / 255 in each group
+        assert entry.bytes_after < 0.45 * entry.bytes_before  # half the weights, in a quarter of the bytes, and scales
+    # 8-bit weights err by less than 1 %, int8 activations by about as much; three blocks, a residual path around each.
+    assert float((output(small) - output(plain)).norm() / output(plain).norm()) < 0.03
 
 
 def test_half_precision_models_keep_their_dtype() -> None:
@@ -307,10 +332,12 @@ def test_refusals_come_before_any_work() -> None:
     unchanged("expected at least one feed-forward", nn.Sequential(nn.Linear(8, 8)), Dyad(), **calib)
     plan = make_plan(model, Dyad())
     for change, message in (
-        ({"model.decoder.layers.9": {"n": 4, "variant": "it", "rank": 0}}, "expected networks of the model, got"),
-        ({"model.decoder.layers.0": {"n": 4, "variant": "ti", "rank": 0}}, "variant: expected one of"),
-        ({"model.decoder.layers.0": {"n": 4.0, "variant": "it", "rank": 0}}, "expected n, variant and rank"),
-        ({"model.decoder.layers.0": {"n": 4}}, "expected n, variant and rank"),
+        ({"model.decoder.layers.9": {"n": 4, "variant": "it", "rank": 0, "bits": 0}}, "expected networks of the model, got"),
+        ({"model.decoder.layers.0": {"n": 4, "variant": "ti", "rank": 0, "bits": 0}}, "variant: expected one of"),
+        ({"model.decoder.layers.0": {"n": 4.0, "variant": "it", "rank": 0, "bits": 0}}, "expected n, variant, rank and bits"),
+        ({"model.decoder.layers.0": {"n": 4, "variant": "it", "rank": 0, "bits": 5}}, "expected n, variant, rank and bits"),
+        ({"model.decoder.layers.0": {"n": 4, "variant": "it", "rank": 0, "bits": 4}}, "a multiple of 16 outputs, got 4 with 26"),
+        ({"model.decoder.layers.0": {"n": 4}}, "expected n, variant, rank and bits"),
     ):
         unchanged(message, model, Dyad(), plan=dataclasses.replace(plan, networks=change), **calib)
     damaged = small_model("opt")
@@ -345,6 +372,10 @@ def test_networks_of_another_kind_are_noticed() -> None:
         ({"tokens": 0}, "tokens: expected at least 1"),
         ({"rate": math.nan}, "rate: expected a positive number"),
         ({"steps": 5, "start": "random"}, "steps: expected 0 for random weights"),
+        ({"bits": 5}, "bits: expected 0 or one of"),
+        ({"compute": "int8"}, "compute: expected 'float' for weights in floating point"),
+        ({"bits": 4, "start": "random"}, "bits: expected 0 for random weights"),
+        ({"bits": 4, "group_size": 48}, "group_size: expected one of"),
         ({"model_steps": -1}, "model_steps: expected 0 or more"),
         ({"embedding_bits": 8}, "embedding_bits: expected None for a method of feed-forward networks"),
     ],

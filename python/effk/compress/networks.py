@@ -33,7 +33,7 @@ class NetworkRecipe(Recipe):
     """
 
     model_steps: int = 0
-    model_rate: float = 5e-4
+    model_rate: float = 3e-4
     seed: int = 0
 
     def check(self) -> None:

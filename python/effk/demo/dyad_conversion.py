@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -28,7 +28,6 @@ from ..compress.feedforward import find_feedforwards
 from ..compress.apply import model_bytes
 from ..compress.layers import replace_module
 from ..compress.passes.dyad import Dyad, convert_dense_to_dyad
-from ..compress.recover import recover_model
 from ..data import calibration_text, evaluation_text
 from ..hub.models import minilm
 
@@ -45,9 +44,8 @@ class Settings:
 
     Attributes:
         blocks: n of the DYAD layers; 0 is none.
-        rank: of the remainder in one more version of the first n; 0 leaves it out.
-        steps: of recovery of the whole model, a batch of up to 32 sentences each.
-        rate: of Adam in these steps.
+        rank: of the remainder in one more version of the first n, not recovered; 0 leaves it out.
+        steps: of recovery of every network, 512 tokens each, and then of the whole model, up to 32 sentences each.
         train_sentences: of the calibration text; 0: all.
         sentences: of the evaluation text.
         rounds: of the timing.
@@ -56,8 +54,7 @@ class Settings:
     blocks: tuple[int, ...] = (4, 8)
     variant: str = "it"
     rank: int = 32
-    steps: int = 300
-    rate: float = 1e-3
+    steps: int = 200
     train_sentences: int = 0
     sentences: int = 512
     rounds: int = 7
@@ -74,7 +71,7 @@ class Version:
         feedforward: parameters of the feed-forward networks.
         megabytes: of the whole model in fp32; three quarters of it the token table and the attention.
         sentences_per_second: embedding batches of 32 sentences of 32 tokens.
-        seconds: to make it from the version before.
+        seconds: to make it from the original.
     """
 
     cosine: float
@@ -187,22 +184,22 @@ def run(
         say(f"{name}: cosine {figures[0]:.3f}, same neighbour {figures[2]:.0%}, {seconds:.0f} s")
 
     add("dense", model, 0.0)
-    kinds = [(n, 0) for n in settings.blocks]
-    if settings.rank:
-        kinds.insert(1, (settings.blocks[0], settings.rank))
-    for n, rank in kinds:
-        name = f"n = {n}{f', rank {rank}' if rank else ''}"
-        if not rank:
-            add(f"{name}, masked", masked(model, n, settings.variant), 0.0)
-        start, student = time.perf_counter(), copy.deepcopy(model)
-        report = compress(student, Dyad(n=n, variant=settings.variant, rank=rank, seed=settings.seed), batches)
-        outcome.errors[name] = {network: entry.error for network, entry in report.networks.items()}
-        add(f"{name}, least squares", copy.deepcopy(student), time.perf_counter() - start)
+    for n in settings.blocks:
+        plain = Dyad(n=n, variant=settings.variant, seed=settings.seed)
+        add(f"n = {n}, masked", masked(model, n, settings.variant), 0.0)
+        recipes = {f"n = {n}, least squares": plain}
+        if settings.rank and n == settings.blocks[0]:
+            recipes[f"n = {n}, least squares, rank {settings.rank}"] = replace(plain, rank=settings.rank)
         if settings.steps:
-            start = time.perf_counter()
-            trained = [p for e in report.networks.values() for la in e.layers for p in student.get_submodule(la).parameters()]
-            recover_model(student, model, trained, batches, settings.steps, settings.rate, settings.seed, _silent)
-            add(f"{name}, recovered", student, time.perf_counter() - start)
+            recipes[f"n = {n}, recovered"] = replace(plain, steps=settings.steps, model_steps=settings.steps)
+        for name, recipe in recipes.items():
+            start, version = time.perf_counter(), copy.deepcopy(model)
+            report = compress(version, recipe, batches)
+            outcome.errors[name] = {
+                network: entry.error if entry.recovered_error is None else entry.recovered_error
+                for network, entry in report.networks.items()
+            }
+            add(name, version, time.perf_counter() - start)
     say("timing, the versions in turns")
     for name, speed in speeds(models, settings.rounds).items():
         outcome.versions[name].sentences_per_second = speed
@@ -211,10 +208,6 @@ def run(
 
 def _in_feedforward(key: str) -> bool:
     return ".attention." not in key and "LayerNorm" not in key
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def table(outcome: Outcome) -> list[str]:
@@ -234,7 +227,7 @@ def table(outcome: Outcome) -> list[str]:
         *lines,
         "",
         f"{s.sentences} sentences of the evaluation text; converted and recovered on {outcome.calibration_tokens} tokens of the "
-        f"calibration text, {s.steps} steps; variant {s.variant}, fp32, {outcome.threads} threads, {outcome.tier}. "
+        f"calibration text, {s.steps} steps each of every network and of the model; variant {s.variant}, fp32, {outcome.threads} threads, {outcome.tier}. "
         f"The dense matrices run in PyTorch {torch.__version__}.",
     ]
 

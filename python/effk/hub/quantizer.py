@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..compress.embedding import EmbeddingPair, install_embedding, untie
 from ..compress.fuse import fuse_shared_inputs
 from ..compress.layers import replace_module
-from ..nn import DyadLinear, DyadLowRank, WqLinear
+from ..nn import DyadLinear, DyadLowRank, DyadWqLinear, WqLinear
 from .checkpoint import check_file, find_weights, read_header
 from .record import PROVENANCE, QUANT_METHOD, VERSION, check_record, describe
 from .stored import StoredWeight
@@ -97,6 +97,10 @@ class EffkQuantizer(HfQuantizer):
         for name, fields in record["layers"].items():
             stored = model.get_submodule(name)
             replace_module(model, name, WqLinear.from_weight(_weight(name, stored), stored.bias, fields["compute"]))
+        for name, fields in record.get("dyad", {}).items():
+            if fields["weight"] is not None:
+                inner = f"{name}.dyad" if fields["rank"] else name
+                replace_module(model, inner, _quantised_dyad(inner, model.get_submodule(inner), fields))
         if (entry := record["embedding"]) is not None:
             weight = _weight(entry["name"], model.get_submodule(entry["name"]))
             install_embedding(model, EmbeddingPair(entry["name"], entry["head"]), weight, entry["compute"], dtype)
@@ -135,15 +139,29 @@ def adopt(model: PreTrainedModel) -> None:
     model.quantization_method = QUANT_METHOD
 
 
-def _empty_dyad(fields: dict[str, Any], like: Tensor) -> DyadLinear | DyadLowRank:
+def _empty_dyad(fields: dict[str, Any], like: Tensor) -> DyadLinear | DyadLowRank | StoredWeight:
     """A layer without numbers, for the loader to fill."""
+    n, variant, bias = fields["n_dyad"], fields["variant"], fields["bias"]
     with torch.device("meta"):
-        module = DyadLinear(
-            fields["in_features"], fields["out_features"], fields["n_dyad"], fields["variant"], fields["bias"]
+        module = DyadLinear(fields["in_features"], fields["out_features"], n, variant, bias)
+        outer = DyadLowRank(module, fields["rank"]) if fields["rank"] else module
+    if fields["weight"] is None:
+        return outer.to(like.dtype).to_empty(device=like.device)
+    stored = StoredWeight(fields["weight"], fields["out_features"] if bias else None)
+    if outer is module:
+        return stored
+    outer = outer.to(like.dtype).to_empty(device=like.device)
+    outer.dyad = stored
+    return outer
+
+
+def _quantised_dyad(name: str, stored: StoredWeight, fields: dict[str, Any]) -> DyadWqLinear:
+    try:
+        return DyadWqLinear.from_weight(
+            _weight(name, stored), fields["n_dyad"], fields["variant"], stored.bias, fields["weight"]["compute"]
         )
-        if fields["rank"]:
-            module = DyadLowRank(module, fields["rank"])
-    return module.to(like.dtype).to_empty(device=like.device)
+    except ValueError as error:
+        raise ValueError(f"load: {name}: {error}") from None
 
 
 def _check_target(model: nn.Module, name: str, fields: dict[str, Any], transposed_ok: bool) -> None:

@@ -6,11 +6,13 @@
      "layers": {module: {"n", "k", "bits", "group_size", "scale_dtype", "zeros", "codebook", "outliers",
                          "compute", "bias"}},
      "embedding": {"name", "head", "head_bias", the fields above but "bias"} or null,
-     "dyad": {module: {"in_features", "out_features", "n_dyad", "variant", "bias", "rank"}},
+     "dyad": {module: {"in_features", "out_features", "n_dyad", "variant", "bias", "rank", "weight": null or the fields of
+                       a layer but "bias"}},
      "weights": {"file", "bytes", "sha256"} or null}
 
 The tensors of a module are stored beside its other ones as ``<module>.qweight``, ``<module>.scales`` and so on, in the
-canonical form (:mod:`effk.formats.wq`); those of a DYAD layer are its parameters. "dyad" may be missing. ``recipe``
+canonical form (:mod:`effk.formats.wq`); those of a DYAD layer are its parameters, or, for quantised blocks, the canonical
+form of the one matrix that holds both components (:func:`effk.ops.dyad_linear.stacked`). "dyad" may be missing. ``recipe``
 tells how the model was made; loading does not need it.
 """
 
@@ -22,7 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..formats.wq import state_shapes
-from ..nn import DyadLinear, DyadLowRank, WqEmbedding, WqLinear, WqTiedHead
+from ..nn import DyadLinear, DyadLowRank, DyadWqLinear, WqEmbedding, WqLinear, WqTiedHead
 
 QUANT_METHOD = "effk"
 VERSION = 1
@@ -49,8 +51,11 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, module in model.named_modules():
         if isinstance(module, DyadLowRank):
             dyad[name] = _dyad_fields(module.dyad) | {"rank": module.a.shape[1]}
-        elif isinstance(module, DyadLinear) and name.rpartition(".")[0] not in dyad:
+        elif isinstance(module, (DyadLinear, DyadWqLinear)) and name.rpartition(".")[0] not in dyad:
             dyad[name] = _dyad_fields(module) | {"rank": 0}
+        if isinstance(module, DyadWqLinear):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in module.to_weight().to_state().items()}
+            skip |= {f"{name}.{key}" for key in module._buffers if key != "bias"}
         if isinstance(module, WqLinear):
             weight = module.to_weight()
             tensors |= {f"{name}.{key}": tensor for key, tensor in weight.to_state().items()}
@@ -135,20 +140,28 @@ def _check_module(name: str, fields: Any, extra: set[str]) -> None:
     _expect(f"{name}.compute", fields["compute"], fields["compute"] in ("float", "int8"), "'float' or 'int8'")
 
 
-def _dyad_fields(module: DyadLinear) -> dict[str, Any]:
+def _dyad_fields(module: DyadLinear | DyadWqLinear) -> dict[str, Any]:
     names = ("in_features", "out_features", "n_dyad", "variant")
-    return {name: getattr(module, name) for name in names} | {"bias": module.bias is not None}
+    weight = None
+    if isinstance(module, DyadWqLinear):
+        weight = module.to_weight().geometry() | {"compute": module.compute}
+    return {name: getattr(module, name) for name in names} | {"bias": module.bias is not None, "weight": weight}
 
 
 def _check_dyad(name: str, fields: Any) -> None:
     kinds = {"in_features": int, "out_features": int, "n_dyad": int, "variant": str, "bias": bool, "rank": int}
-    legal = isinstance(fields, dict) and {key: type(value) for key, value in fields.items()} == kinds
-    _expect(name, fields, legal, f"an object with {sorted(kinds)}")
+    legal = isinstance(fields, dict) and {key: type(fields[key]) for key in fields if key != "weight"} == kinds
+    _expect(name, fields, legal and "weight" in fields, f"an object with {[*sorted(kinds), 'weight']}")
     sides = (fields["out_features"], fields["in_features"])
     whole = min(*sides, fields["n_dyad"]) > 0 and not any(side % fields["n_dyad"] for side in sides)
     _expect(f"{name}.n_dyad", fields["n_dyad"], whole, "a divisor of both sides")
     _expect(f"{name}.variant", fields["variant"], fields["variant"] in ("it", "ot", "dt"), "'it', 'ot' or 'dt'")
     _expect(f"{name}.rank", fields["rank"], 0 <= fields["rank"] <= min(sides), "0 or a rank")
+    if (weight := fields["weight"]) is not None:
+        _check_module(f"{name}.weight", weight, {"compute"})
+        n, k = sides[0], 2 * sides[1] // fields["n_dyad"]
+        stacked = (n, k) if fields["variant"] == "it" else (2 * n, k // 2)
+        _expect(f"{name}.weight", [weight["n"], weight["k"]], (weight["n"], weight["k"]) == stacked, f"{list(stacked)}")
 
 
 def _expect(name: str, got: Any, ok: bool, expected: str) -> None:

@@ -16,15 +16,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...nn import DyadLinear, DyadLowRank
+from ...formats.wq import BITS, WqWeight, normalize_group_size
+from ...nn import DyadLinear, DyadLowRank, DyadWqLinear
+from ...ops.dyad_linear import stacked
 from .. import compress
 from ..feedforward import FeedForward
 from ..layers import Layer
 from ..networks import NetworkHandler, NetworkRecipe, NetworkReport, NetworkReportEntry, is_positive
+from ..recipe import expect_group_size
 from ..recover import recover_network
 from ..registry import register
 from ..solvers.dyad import VARIANTS, Moments, Solution, check_geometry, damped, relative_error, solve, split
 from ..solvers.dyad_permutation import assign, explained, kept
+from ..solvers.rtn import round_to_nearest
 
 STARTS = ("convert", "random")
 INITS = ("paper", "dense_var")
@@ -46,6 +50,9 @@ class Dyad(NetworkRecipe):
         tokens: of the calibration text that least squares see, drawn at random; recovery sees all.
         steps: of recovery of each network on its own outputs.
         rate: of Adam in these steps.
+        bits: of the DYAD weights after everything else: 2, 3, 4 or 8, rounded to the nearest, or 0 for floating point.
+            Outputs per block must be a multiple of 16. ``compute`` is that of the quantised kernels.
+        group_size: weights that share a scale.
     """
 
     name: ClassVar[str] = "dyad"
@@ -61,6 +68,8 @@ class Dyad(NetworkRecipe):
     tokens: int = 16384
     steps: int = 0
     rate: float = 1e-3
+    bits: int = 0
+    group_size: int = 64
 
     def check(self) -> None:
         super().check()
@@ -74,7 +83,11 @@ class Dyad(NetworkRecipe):
         self._expect("tokens", type(self.tokens) is int and self.tokens >= 1, "at least 1")
         self._expect("steps", type(self.steps) is int and self.steps >= 0, "0 or more")
         self._expect("rate", is_positive(self.rate), "a positive number")
+        self._expect("bits", type(self.bits) is int and self.bits in (0, *BITS), f"0 or one of {BITS}")
+        self._expect("compute", self.compute == "float" or self.bits > 0, "'float' for weights in floating point")
+        expect_group_size(self)
         if self.start == "random":
+            self._expect("bits", self.bits == 0, "0 for random weights, which are to be trained")
             self._expect("steps", self.steps == 0, "0 for random weights, which are trained with the model")
             self._expect("model_steps", self.model_steps == 0, "0 for random weights, which are trained with the model")
 
@@ -85,13 +98,14 @@ class DyadHandler(NetworkHandler):
         return recipe.start == "convert"
 
     def options(self, network: FeedForward, recipe: Dyad) -> dict[str, Any]:
-        options = {"n": recipe.n, "variant": recipe.variant, "rank": recipe.rank}
+        options = {"n": recipe.n, "variant": recipe.variant, "rank": recipe.rank, "bits": recipe.bits}
         self.check(network, options)
         return options
 
     def check(self, network: FeedForward, options: Mapping[str, Any]) -> None:
-        if set(options) != {"n", "variant", "rank"} or not all(type(options[key]) is int for key in ("n", "rank")):
-            raise ValueError(f"plan: {network.name}: expected n, variant and rank, got {dict(options)}")
+        whole = all(type(options.get(key)) is int for key in ("n", "rank", "bits"))
+        if set(options) != {"n", "variant", "rank", "bits"} or not whole or options["bits"] not in (0, *BITS):
+            raise ValueError(f"plan: {network.name}: expected n, variant, rank and bits, got {dict(options)}")
         for layer in network.layers:
             if not 0 <= options["rank"] <= min(layer.n, layer.k):
                 raise ValueError(
@@ -101,14 +115,32 @@ class DyadHandler(NetworkHandler):
                 check_geometry(layer.n, layer.k, options["n"], options["variant"])
             except ValueError as error:
                 raise ValueError(f"plan: {layer.name}: {error}") from None
+            if options["bits"] and layer.n // options["n"] % 16:
+                raise ValueError(
+                    f"plan: {layer.name}: bits: expected 0 unless blocks have a multiple of 16 outputs, "
+                    f"got {options['bits']} with {layer.n // options['n']}"
+                )
 
     def build(
         self, network: FeedForward, options: Mapping[str, Any], recipe: Dyad, xs: list[Tensor], held: list[Tensor]
     ) -> tuple[list[nn.Module], NetworkReportEntry]:
         if recipe.start == "random":
-            return [fresh(layer, **options, init=recipe.init) for layer in network.layers], NetworkReportEntry()
+            n, variant, rank = options["n"], options["variant"], options["rank"]
+            return [fresh(layer, n, variant, rank, recipe.init) for layer in network.layers], NetworkReportEntry()
         recipe = dataclasses.replace(recipe, per_layer={}, **options)
         return _Conversion(network, recipe, xs, held).run()
+
+    def finish(self, module: nn.Module, options: Mapping[str, Any], recipe: Dyad) -> nn.Module:
+        if not options["bits"]:
+            return module
+        if isinstance(module, DyadLowRank):
+            module.dyad = self.finish(module.dyad, options, recipe)
+            return module
+        w = stacked(module.wl.detach(), module.wu.detach(), module.variant).float()
+        group_size = normalize_group_size(recipe.group_size)
+        codes, grid = round_to_nearest(w, options["bits"], group_size, "mse")
+        weight = WqWeight.from_codes(codes, grid.scales, bits=options["bits"], group_size=group_size, zeros=grid.zeros)
+        return DyadWqLinear.from_weight(weight, module.n_dyad, module.variant, module.bias, recipe.compute)
 
 
 class _Conversion:
