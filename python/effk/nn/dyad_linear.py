@@ -264,6 +264,16 @@ class DyadWqLinear(FrozenDtypes):
         module.bias = None if bias is None else bias.detach().clone()
         return module
 
+    def to_weight(self) -> WqWeight:
+        """The canonical form back; exact inverse of :meth:`from_weight`."""
+        n, k, bits, group_size = self._geometry()
+        qweight, scales, zeros = torch.ops.effk.wq_unpack(self.packed, self.scales, self.zeros, n, k, bits, group_size)
+        codebook = self.codebook
+        if codebook is not None and codebook.dim() == 3:  # [tiles, 2**bits, 16] -> [n, 2**bits]
+            codebook = codebook.transpose(1, 2).reshape(-1, codebook.shape[1])[:n].contiguous()
+        zeros = None if self.zeros is None else zeros
+        return WqWeight(n, k, bits, group_size, qweight, scales, zeros, codebook, None, None, None)
+
     def dequantize(self) -> tuple[Tensor, Tensor]:
         """``wl`` and ``wu`` in fp32."""
         tensors = (self.packed, self.scales, self.zeros, self.codebook, None, None, None)
