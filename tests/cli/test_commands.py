@@ -70,7 +70,11 @@ def test_feed_forward_networks_become_dyad_layers(tiny: Path, effk: Callable, tm
     path = tmp_path / "plan" / "plan.json"
     plan = NetworkPlan.from_json(path.read_text())
     assert plan.networks["model.layers.1.mlp"] == {"n": 8, "variant": "dt", "rank": 0, "bits": 0}
-    path.write_text(dataclasses.replace(plan, networks={"model.layers.1.mlp": {"n": 4, "variant": "it", "rank": 2, "bits": 0}}).to_json())
+    path.write_text(
+        dataclasses.replace(
+            plan, networks={"model.layers.1.mlp": {"n": 4, "variant": "it", "rank": 2, "bits": 0}}
+        ).to_json()
+    )
     ran = effk("compress", tiny, "--plan", path, *options[6:], "--out", tmp_path / "model", "--json")
     assert ran.status == 0, ran.stderr
     report = ran.json["report"]

@@ -49,8 +49,8 @@ def test_networks_are_found_and_understood(name: str) -> None:
     for network in networks:
         seen: dict[str, Tensor] = {}
         hooks = [
-            network.up[0].module.register_forward_pre_hook(lambda m, args: seen.update(x=args[0])),
-            network.down.module.register_forward_hook(lambda m, args, out: seen.update(y=out)),
+            network.up[0].module.register_forward_pre_hook(lambda m, args, seen=seen: seen.update(x=args[0])),
+            network.down.module.register_forward_hook(lambda m, args, out, seen=seen: seen.update(y=out)),
         ]
         expected = output(model)
         for hook in hooks:
@@ -68,7 +68,9 @@ def test_a_remainder_of_full_rank_changes_nothing(name: str, variant: str) -> No
     model = small_model(name)
     expected = output(model)
     report = effk.compress(model, Dyad(n=4, variant=variant, rank=72, ridge=1e-3), CALIB)
-    assert all(isinstance(model.get_submodule(layer), DyadLowRank) for e in report.networks.values() for layer in e.layers)
+    assert all(
+        isinstance(model.get_submodule(layer), DyadLowRank) for e in report.networks.values() for layer in e.layers
+    )
     # fp32 weights of a few units, Gram matrices of condition 1e3 and sums of 72 to 288 terms, three blocks deep.
     assert float((output(model) - expected).norm() / expected.norm()) < 1e-4
     assert report.output_error < 1e-4 and all(e.error < 1e-3 for e in report.networks.values())
@@ -150,7 +152,9 @@ def test_conversion_beats_masking(name: str) -> None:
 def test_later_blocks_are_calibrated_on_what_converted_ones_produce(monkeypatch: pytest.MonkeyPatch) -> None:
     build, seen = DyadHandler.build, {}
 
-    def watched(self: DyadHandler, network: Any, options: Any, recipe: Any, xs: list[Tensor], held: list[Tensor]) -> Any:
+    def watched(
+        self: DyadHandler, network: Any, options: Any, recipe: Any, xs: list[Tensor], held: list[Tensor]
+    ) -> Any:
         seen[network.name] = [x.clone() for x in xs]
         return build(self, network, options, recipe, xs, held)
 
@@ -223,7 +227,9 @@ def test_random_layers_for_training_from_scratch(name: str) -> None:
         k = 1 / math.sqrt(module.in_features)
         assert (module.bias is not None) == biases[key] and module.variant == "dt" and module.n_dyad == 4
         for w in (module.wl, module.wu):
-            assert float(w.detach().abs().max()) <= k and float(w.detach().std()) == pytest.approx(k / math.sqrt(3), rel=0.1)
+            assert float(w.detach().abs().max()) <= k and float(w.detach().std()) == pytest.approx(
+                k / math.sqrt(3), rel=0.1
+            )
     model(IDS)[0].square().mean().backward()
     assert all(float(p.grad.abs().sum()) > 0 for module in made.values() for p in module.parameters())
 
@@ -249,7 +255,9 @@ def test_plans_are_edited_and_give_the_same_model() -> None:
     assert read == plan and "model.layers.1.mlp" in str(plan.table())
     effk.compress(later, recipe, CALIB, plan=read)
     assert torch.equal(output(later), output(at_once))
-    edited = dataclasses.replace(plan, networks={"model.layers.2.mlp": {"n": 2, "variant": "dt", "rank": 0, "bits": 0}}, skipped={})
+    edited = dataclasses.replace(
+        plan, networks={"model.layers.2.mlp": {"n": 2, "variant": "dt", "rank": 0, "bits": 0}}, skipped={}
+    )
     model = small_model("llama")
     report = effk.compress(model, recipe, CALIB, plan=edited)
     assert list(report.networks) == ["model.layers.2.mlp"] and model.model.layers[2].mlp.up_proj.variant == "dt"
@@ -259,7 +267,9 @@ def test_plans_are_edited_and_give_the_same_model() -> None:
 def wide(name: str = "llama") -> nn.Module:
     """A model whose blocks have a multiple of 16 outputs at n = 2."""
     torch.manual_seed(0)
-    config = type(small_model(name).config)(**small_model(name).config.to_dict() | {"hidden_size": 96, "intermediate_size": 160})
+    config = type(small_model(name).config)(
+        **small_model(name).config.to_dict() | {"hidden_size": 96, "intermediate_size": 160}
+    )
     return type(small_model(name))(config).eval()
 
 
@@ -275,7 +285,9 @@ def test_quantised_blocks_are_the_rounded_ones(variant: str, compute: str, rank:
             a, b = (a.dyad, b.dyad) if rank else (a, b)
             assert isinstance(b, DyadWqLinear) and (b.bits, b.compute, b.variant) == (8, compute, variant)
             for w, rounded in zip((a.wl, a.wu), b.dequantize(), strict=True):
-                assert 0 < float((w.detach() - rounded).norm() / w.detach().norm()) < 0.01  # half a step of 2 max / 255 in each group
+                assert (
+                    0 < float((w.detach() - rounded).norm() / w.detach().norm()) < 0.01
+                )  # half a step of 2 max / 255 in each group
         assert entry.bytes_after < 0.45 * entry.bytes_before  # half the weights, in a quarter of the bytes, and scales
     # 8-bit weights err by less than 1 %, int8 activations by about as much; three blocks, a residual path around each.
     assert float((output(small) - output(plain)).norm() / output(plain).norm()) < 0.03
@@ -318,32 +330,55 @@ def unchanged(message: str, model: nn.Module, recipe: Dyad, **arguments: Any) ->
     with pytest.raises(ValueError, match=message):
         effk.compress(model, recipe, **arguments)
     after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in after)
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[k].nan_to_num(), after[k].nan_to_num()) for k in after
+    )
 
 
 def test_refusals_come_before_any_work() -> None:
     model, calib = small_model("opt"), {"calib": CALIB}
     unchanged("calib: expected token ids for recipe dyad, got none", model, Dyad())
-    unchanged(r"layers.0.fc1: dyad: n: expected a divisor of both 104 outputs and 72 inputs, got 7", model, Dyad(n=7), **calib)
+    unchanged(
+        r"layers.0.fc1: dyad: n: expected a divisor of both 104 outputs and 72 inputs, got 7", model, Dyad(n=7), **calib
+    )
     unchanged(r"layers.0.fc1: rank: expected 0\.\.72, got 73", model, Dyad(rank=73), **calib)
-    unchanged(r"expected patterns that match networks, got \['\*.mlp'\]", model, Dyad(per_layer={"*.mlp": {"n": 8}}), **calib)
+    unchanged(
+        r"expected patterns that match networks, got \['\*.mlp'\]", model, Dyad(per_layer={"*.mlp": {"n": 8}}), **calib
+    )
     unchanged("expected at least one feed-forward network", model, Dyad(ignore=("*",)), **calib)
     unchanged(r"expected ids in \[0, 97\)", model, Dyad(), calib=[torch.full((1, 4), 200)])
     unchanged("expected at least one feed-forward", nn.Sequential(nn.Linear(8, 8)), Dyad(), **calib)
     plan = make_plan(model, Dyad())
     for change, message in (
-        ({"model.decoder.layers.9": {"n": 4, "variant": "it", "rank": 0, "bits": 0}}, "expected networks of the model, got"),
+        (
+            {"model.decoder.layers.9": {"n": 4, "variant": "it", "rank": 0, "bits": 0}},
+            "expected networks of the model, got",
+        ),
         ({"model.decoder.layers.0": {"n": 4, "variant": "ti", "rank": 0, "bits": 0}}, "variant: expected one of"),
-        ({"model.decoder.layers.0": {"n": 4.0, "variant": "it", "rank": 0, "bits": 0}}, "expected n, variant, rank and bits"),
-        ({"model.decoder.layers.0": {"n": 4, "variant": "it", "rank": 0, "bits": 5}}, "expected n, variant, rank and bits"),
-        ({"model.decoder.layers.0": {"n": 4, "variant": "it", "rank": 0, "bits": 4}}, "a multiple of 16 outputs, got 4 with 26"),
+        (
+            {"model.decoder.layers.0": {"n": 4.0, "variant": "it", "rank": 0, "bits": 0}},
+            "expected n, variant, rank and bits",
+        ),
+        (
+            {"model.decoder.layers.0": {"n": 4, "variant": "it", "rank": 0, "bits": 5}},
+            "expected n, variant, rank and bits",
+        ),
+        (
+            {"model.decoder.layers.0": {"n": 4, "variant": "it", "rank": 0, "bits": 4}},
+            "a multiple of 16 outputs, got 4 with 26",
+        ),
         ({"model.decoder.layers.0": {"n": 4}}, "expected n, variant, rank and bits"),
     ):
         unchanged(message, model, Dyad(), plan=dataclasses.replace(plan, networks=change), **calib)
     damaged = small_model("opt")
     damaged.model.decoder.layers[2].fc2.weight.data[3, 4] = float("nan")
     unchanged("layers.2.fc2.weight: expected finite values", damaged, Dyad(), **calib)
-    for text in ("{", "[1]", plan.to_json().replace('"networks"', '"nets"'), plan.to_json().replace('"version": 1', '"version": 2')):
+    for text in (
+        "{",
+        "[1]",
+        plan.to_json().replace('"networks"', '"nets"'),
+        plan.to_json().replace('"version": 1', '"version": 2'),
+    ):
         with pytest.raises(ValueError, match="plan: expected"):
             NetworkPlan.from_json(text)
 

@@ -37,8 +37,8 @@ from .report import LayerReport, Report
 
 __all__ = [
     "Context", "FilterHandler", "FilterPlan", "FilterRecipe", "FilterReport", "Handler", "Layer", "LayerPlan",
-    "LayerReport", "NetworkHandler", "NetworkPlan", "NetworkRecipe", "NetworkReport", "Plan",
-    "Progress", "Recipe", "Report", "compress", "make_plan", "plan_from_json", "recipe_from_json", "recipe_types", "register",
+    "LayerReport", "NetworkHandler", "NetworkPlan", "NetworkRecipe", "NetworkReport", "Plan", "Progress", "Recipe",
+    "Report", "compress", "make_plan", "plan_from_json", "recipe_from_json", "recipe_types", "register",
 ]  # fmt: skip
 
 AnyPlan = Plan | FilterPlan | NetworkPlan

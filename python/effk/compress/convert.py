@@ -1,8 +1,9 @@
 """Replacing feed-forward networks: plan, conversion block by block on calibration text, recovery, report.
 
 One block at a time is calibrated and converted, on what the converted blocks before it produce, so that memory is the
-model, the hidden states of all batches and one network's inputs (and a copy of the model, if the whole is recovered). One in eight
-calibration sequences is held out: nothing is fitted to it, and network errors and perplexities are measured on it.
+model, the hidden states of all batches and one network's inputs (and a copy of the model, if the whole is recovered).
+One in eight calibration sequences is held out: nothing is fitted to it, and network errors and perplexities are
+measured on it.
 """
 
 from __future__ import annotations
@@ -159,7 +160,8 @@ def inputs(block: Block, network: FeedForward) -> list[Tensor]:
     """What the network reads from every batch, ``[tokens, features]`` each.
 
     Raises:
-        ValueError: it is not called, reads NaN or Inf, or its hidden units are not what :mod:`.feedforward` takes them for.
+        ValueError: it is not called, reads NaN or Inf, or its hidden units are not what :mod:`.feedforward` takes them
+            for.
     """
     seen: dict[str, Tensor] = {}
 

@@ -90,7 +90,12 @@ class NetworkHandler(ABC):
 
     @abstractmethod
     def build(
-        self, network: FeedForward, options: Mapping[str, Any], recipe: NetworkRecipe, xs: list[Tensor], held: list[Tensor]
+        self,
+        network: FeedForward,
+        options: Mapping[str, Any],
+        recipe: NetworkRecipe,
+        xs: list[Tensor],
+        held: list[Tensor],
     ) -> tuple[list[nn.Module], NetworkReportEntry]:
         """Modules for ``network.layers``, and their errors.
 

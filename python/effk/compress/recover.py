@@ -34,7 +34,7 @@ def recover_network(
     rate: float,
     seed: int,
 ) -> None:
-    """Minimise ``|run(x) - wanted(x)|^2`` over random tokens of ``xs`` by Adam, relative to the variance of what is wanted."""
+    """Minimise ``|run(x) - wanted(x)|^2``, relative to the variance of what is wanted, on random tokens of ``xs``."""
     tokens = torch.cat(list(xs))
     with torch.no_grad():
         target = torch.cat([wanted(x) for x in xs])
@@ -61,7 +61,8 @@ def recover_model(
     """Train ``parameters`` of ``model`` towards ``teacher``, one batch a step, batches in random order.
 
     A decoder by the divergence ``KL(teacher || model)`` of its next-token distributions (Hinton et al., 2015,
-    arXiv:1503.02531, at temperature 1), other models by the squared error of the last hidden states over their variance.
+    arXiv:1503.02531, at temperature 1), other models by the squared error of the last hidden states over their
+    variance.
     """
     decoder = is_decoder(model)
     generator = torch.Generator().manual_seed(seed)

@@ -90,7 +90,7 @@ _HANDLERS: dict[type[Recipe], AnyHandler] = {}
 
 
 def register(recipe_type: type[Recipe]) -> Callable[[type[AnyHandler]], type[AnyHandler]]:
-    """Class decorator: the handler of recipes of ``recipe_type``, for linear layers, long filters or feed-forward networks."""
+    """Class decorator: the handler of recipes of ``recipe_type``: layers, long filters or feed-forward networks."""
 
     def decorate(handler_type: type[AnyHandler]) -> type[AnyHandler]:
         if recipe_type in _HANDLERS or any(recipe_type.name == other.name for other in _HANDLERS):

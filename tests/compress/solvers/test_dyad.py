@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from effk.compress.solvers import dyad
-from effk.compress.solvers.dyad import Moments, damped, fit, mask, relative_error, solve, split
+from effk.compress.solvers.dyad import Moments, damped, fit, mask, relative_error, solve
 from effk.compress.solvers.dyad_permutation import assign, classes, explained, kept
+from effk.ops.dyad_linear import VARIANTS, from_dense
 
-CASES = [(n, variant) for n in (1, 2, 4) for variant in dyad.VARIANTS]
+CASES = [(n, variant) for n in (1, 2, 4) for variant in VARIANTS]
 SIDES = (24, 32)  # outputs, inputs: n divides the blocks too for 1, 2, 4 (24 / 4 = 6 is not divisible by 4)
 
 
@@ -62,13 +63,15 @@ def test_masking_keeps_the_support_and_errs_by_the_rest(n: int, variant: str) ->
     w, allowed = random(*SIDES), support(*SIDES, n, variant)
     kept = mask(w, n, variant)
     assert torch.equal(kept, w * allowed)
-    assert torch.equal(joined(*split(kept, n, variant), variant), kept), "nothing is doubled where components overlap"
-    assert torch.equal(joined(*split(w, n, variant), variant), kept), "entries outside are dropped"
-    first, second = split(w, n, variant)
+    assert torch.equal(joined(*from_dense(kept, n, variant), variant), kept), (
+        "nothing is doubled where components overlap"
+    )
+    assert torch.equal(joined(*from_dense(w, n, variant), variant), kept), "entries outside are dropped"
+    first, second = from_dense(w, n, variant)
     assert first.shape == second.shape == (n, SIDES[0] // n, SIDES[1] // n)
 
 
-@pytest.mark.parametrize("variant", dyad.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("n", "expected"), [(4, 0.750), (8, 0.875)])
 def test_masking_error_of_independent_entries(n: int, expected: float, variant: str) -> None:
     """``sqrt(1 - (2/n - 1/n^2))``; its spread over 512 x 512 entries is about 1 / 512."""
@@ -114,7 +117,7 @@ def test_white_inputs_give_masking_and_dyad_matrices_come_back(n: int, variant: 
 
 
 @pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("variant", dyad.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_the_mean_output_is_exact(variant: str, rank: int) -> None:
     w, bias, x = random(*SIDES), random(SIDES[0], seed=5), coloured(300, SIDES[1]).double()
     solution = solve(w, bias, 4, variant, moments_of(x.float()), rank=rank)
@@ -136,7 +139,7 @@ def test_dead_inputs_and_few_tokens_are_no_trouble() -> None:
         assert float((got.mean(0) - expected.mean(0)).abs().max()) < 1e-5
 
 
-@pytest.mark.parametrize("variant", dyad.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_a_remainder_of_low_rank_helps_and_is_optimal_for_its_rank(variant: str) -> None:
     w, moments = random(*SIDES), moments_of(coloured(300, SIDES[1]))
     c = damped(moments.covariance, 1e-2)
@@ -202,7 +205,7 @@ def test_refusals(arguments: tuple[int, str, int], message: str) -> None:
         solve(random(*SIDES), None, n, variant, rank=rank)
 
 
-@pytest.mark.parametrize("variant", dyad.VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_scores_of_the_hidden_order_are_what_the_class_keeps(variant: str) -> None:
     """Scores of a unit equal what its row and column keep when it is put there."""
     hidden, n = 16, 2

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...formats.wq import BITS, WqWeight, normalize_group_size
 from ...nn import DyadLinear, DyadLowRank, DyadWqLinear
-from ...ops.dyad_linear import stacked
+from ...ops.dyad_linear import VARIANTS, from_dense, stacked
 from .. import compress
 from ..feedforward import FeedForward
 from ..layers import Layer
@@ -26,7 +26,7 @@ from ..networks import NetworkHandler, NetworkRecipe, NetworkReport, NetworkRepo
 from ..recipe import expect_group_size
 from ..recover import recover_network
 from ..registry import register
-from ..solvers.dyad import VARIANTS, Moments, Solution, check_geometry, damped, relative_error, solve, split
+from ..solvers.dyad import Moments, Solution, check_geometry, damped, relative_error, solve
 from ..solvers.dyad_permutation import assign, explained, kept
 from ..solvers.rtn import round_to_nearest
 
@@ -162,7 +162,10 @@ class _Conversion:
         settings = {"ridge": self.recipe.ridge, "rank": self.recipe.rank}
         n, variant, moments = self.recipe.n, self.recipe.variant, self.moments
         solved = [solve(w, b, n, variant, moments, **settings) for w, b in zip(ups, self.biases, strict=False)]
-        layers, modules = self.network.layers, [self._module(s, layer) for s, layer in zip(solved, self.network.up, strict=True)]
+        layers, modules = (
+            self.network.layers,
+            [self._module(s, layer) for s, layer in zip(solved, self.network.up, strict=True)],
+        )
         errors = [_error(w, s, moments) for w, s in zip(ups, solved, strict=True)]
         hidden = Moments()
         with torch.no_grad():
@@ -172,7 +175,8 @@ class _Conversion:
         modules.append(self._module(last, layers[-1]))
         errors.append(_error(down, last, hidden))
         entry = NetworkReportEntry(
-            layers={layer.name: error for layer, error in zip(layers, errors, strict=True)}, error=self._measure(modules)
+            layers={layer.name: error for layer, error in zip(layers, errors, strict=True)},
+            error=self._measure(modules),
         )
         if self.recipe.steps:
             entry = dataclasses.replace(entry, recovered_error=self._recover(modules, entry.error))
@@ -200,7 +204,9 @@ class _Conversion:
         """
         *ups, down = self.dense
         n, variant, rows = self.recipe.n, self.recipe.variant, 0
-        slopes, sums = [[torch.zeros(self.network.width, dtype=torch.float64) for _ in many] for many in (ups, range(2))]
+        slopes, sums = [
+            [torch.zeros(self.network.width, dtype=torch.float64) for _ in many] for many in (ups, range(2))
+        ]
         for x in self._chunks(self.sample):
             outputs = [nn.functional.linear(x, w, b).requires_grad_() for w, b in zip(ups, self.biases, strict=False)]
             with torch.enable_grad():
@@ -235,7 +241,9 @@ class _Conversion:
         module = fresh(layer, self.recipe.n, self.recipe.variant, self.recipe.rank, bias=True).float()
         dyad = module.dyad if self.recipe.rank else module
         with torch.no_grad():
-            for parameter, value in zip((dyad.wl, dyad.wu), split(solution.w, dyad.n_dyad, dyad.variant), strict=True):
+            for parameter, value in zip(
+                (dyad.wl, dyad.wu), from_dense(solution.w, dyad.n_dyad, dyad.variant), strict=True
+            ):
                 parameter.copy_(value)
             dyad.bias.copy_(solution.bias)
             if self.recipe.rank:
@@ -274,7 +282,7 @@ class _Conversion:
 def init_dyad(
     model: nn.Module, n: int = 4, variant: str = "it", init: str = "paper", ignore: Sequence[str] = ()
 ) -> NetworkReport:
-    """Replace the feed-forward matrices of ``model`` by freshly initialised :class:`effk.nn.DyadLinear` layers, in place.
+    """Replace the feed-forward matrices of ``model`` in place by fresh :class:`effk.nn.DyadLinear` layers.
 
     For training from scratch, as published. Layers keep their dtype and whether they have a bias; the generator is
     PyTorch's global one. Networks whose name matches a glob pattern of ``ignore`` stay. The model stays in the mode,
@@ -303,7 +311,7 @@ def convert_dense_to_dyad(
 
     Args:
         gram: ``E[x x^T]`` ``[K, K]`` of its inputs; None masks (nearest in Frobenius norm).
-        mean: ``E[x]`` ``[K]``; the Gram matrix is centred with it and the bias corrected, so that the mean output is exact.
+        mean: ``E[x]`` ``[K]``; the Gram matrix is centred with it and the bias corrected: the mean output is exact.
         ridge, rank: as in :class:`Dyad`.
 
     Returns:
@@ -329,7 +337,7 @@ def convert_dense_to_dyad(
     module = fresh(layer, n, variant, rank, bias=bias is not None or mean is not None)
     dyad = module.dyad if rank else module
     with torch.no_grad():
-        for parameter, value in zip((dyad.wl, dyad.wu), split(solution.w, n, variant), strict=True):
+        for parameter, value in zip((dyad.wl, dyad.wu), from_dense(solution.w, n, variant), strict=True):
             parameter.copy_(value)
         if dyad.bias is not None:
             dyad.bias.copy_(solution.bias)

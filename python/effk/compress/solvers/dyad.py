@@ -1,8 +1,8 @@
 """Fitting a DYAD matrix, the sum of two block-diagonal matrices up to a stride permutation, to a dense one.
 
-A DYAD matrix of ``n`` blocks per component has a fixed support (``csrc/ops/dyad_linear/dyad_linear.h``): row r may use
+A DYAD matrix of ``n`` blocks per component has a fixed support (:mod:`effk.ops.dyad_linear`): row r may use
 the columns of one contiguous block and of one residue class modulo n. Everything here is float64 on dense ``[N, K]``
-matrices that are zero outside the support; :func:`split` makes the two components at the end.
+matrices that are zero outside the support; :func:`effk.ops.dyad_linear.from_dense` makes the two components.
 
 The error that counts is that of the outputs, ``tr((W - W') C (W - W')^T)`` with C the covariance of the inputs. Rows
 with the same support are solved together: n classes for "it", up to n^2 for "ot" and "dt". The part of C that text
@@ -18,7 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VARIANTS = ("it", "ot", "dt")
+from ...ops.dyad_linear import VARIANTS
+
 _ROWS = 1024  # of x multiplied at once in fp32; the products are added up in float64
 
 
@@ -118,29 +119,6 @@ def rows_of(column: int, f_out: int, f_in: int, n: int, variant: str) -> Tensor:
     return ((contiguous == block) | second).nonzero().flatten()
 
 
-def positions(f_out: int, f_in: int, n: int, variant: str) -> tuple[Tensor, Tensor]:
-    """Flat positions in ``[N, K]`` of every entry of the two components, each int64 ``[n, N / n, K / n]``."""
-    d, o, i = torch.meshgrid(*(torch.arange(size) for size in (n, f_out // n, f_in // n)), indexing="ij")
-    rows, columns = d * (f_out // n) + o, d * (f_in // n) + i
-    second_rows = o * n + d if variant in ("ot", "dt") else rows
-    second_columns = i * n + d if variant in ("it", "dt") else columns
-    return rows * f_in + columns, second_rows * f_in + second_columns
-
-
-def split(w: Tensor, n: int, variant: str) -> tuple[Tensor, Tensor]:
-    """The two components of ``w`` ``[N, K]``; entries outside the support are dropped.
-
-    Where both may hold an entry each gets half, which has the smallest norm and is exact in every binary format.
-    """
-    check_geometry(*w.shape, n, variant)
-    first, second = positions(*w.shape, n, variant)
-    count = torch.zeros(w.numel(), dtype=torch.int8)
-    count[first.flatten()] += 1
-    count[second.flatten()] += 1
-    shares = w.reshape(-1) / count.clamp_min(1).to(w)
-    return shares[first.to(w.device)], shares[second.to(w.device)]
-
-
 def mask(w: Tensor, n: int, variant: str) -> Tensor:
     """The DYAD matrix nearest to ``w`` in Frobenius norm: its entries on the support."""
     check_geometry(*w.shape, n, variant)
@@ -176,7 +154,7 @@ def fit(w: Tensor, c: Tensor, n: int, variant: str) -> Tensor:
 
 
 def low_rank(w: Tensor, c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """``A [N, r]``, ``B [r, K]`` of least ``tr((W - A B) C (W - A B)^T)``: truncated SVD of ``W Q`` with ``C = Q Q^T``."""
+    """``A [N, r]``, ``B [r, K]`` of least ``tr((W - A B) C (W - A B)^T)``: truncated SVD of ``W Q``, ``C = Q Q^T``."""
     factor = torch.linalg.cholesky(c)
     u, s, v = torch.linalg.svd(w.double() @ factor, full_matrices=False)
     root = s[:rank].sqrt()

@@ -3,7 +3,8 @@
 Permuting hidden units (rows of the first matrices, columns of the second) changes nothing but which entries fall on
 the support. Hidden position p has a contiguous block ``a = p // (H / n)`` and a residue ``c = p mod n``; these decide
 which inputs its row in the first matrix may read and which outputs its column in the second may write. Every unit has
-a score for each of the n^2 classes (a, c), classes have room for about H / n^2 units, and the best total is an assignment problem.
+a score for each of the n^2 classes (a, c), classes have room for about H / n^2 units, and the best total is an
+assignment problem.
 """
 
 from __future__ import annotations
