@@ -228,8 +228,8 @@ def table(outcome: Outcome) -> list[str]:
         *lines,
         "",
         f"{s.sentences} sentences of the evaluation text; converted and recovered on {outcome.calibration_tokens} "
-        f"tokens of the calibration text, {s.steps} steps each of every network and of the model; variant {s.variant}, fp32, "
-        f"{outcome.threads} threads, {outcome.tier}. The dense matrices run in PyTorch {torch.__version__}.",
+        f"tokens of the calibration text, {s.steps} steps each of every network and of the model; variant {s.variant}, "
+        f"fp32, {outcome.threads} threads, {outcome.tier}. The dense matrices run in PyTorch {torch.__version__}.",
     ]
 
 
