@@ -52,7 +52,7 @@ def test_compiling_changes_nothing_but_rounding() -> None:
 def test_two_processes_have_the_losses_of_one(tmp_path: Path) -> None:
     """Each process has half of every batch; losses move by 0.05 and more a step, so that 1e-4 tells them apart."""
     module = ["-m", "effk.demo.dyad_training", *_OPTIONS, "--threads", "1"]
-    two = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", *module]
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *module]
     outcomes = []
     for name, command in (("one", module), ("two", two)):
         ran = subprocess.run(

@@ -6,7 +6,7 @@ the same numbers. Afterwards training steps are timed, the models in turns. Figu
 
 It also runs in several processes, each with its share of every batch, and gives the same losses up to rounding::
 
-    python -m torch.distributed.run --nproc-per-node 2 -m effk.demo.dyad_training
+    python -m torch.distributed.run --standalone --nproc-per-node 2 -m effk.demo.dyad_training
 """
 
 from __future__ import annotations
