@@ -65,6 +65,7 @@ bench: build .venv/competitors
 fuzz: build
 	build/cmake-*/tests/cpp/fuzz_wq_linear 1000000
 	build/cmake-*/tests/cpp/fuzz_fftconv 1000000
+	build/cmake-*/tests/cpp/fuzz_dyad 200000
 
 sanitize: .venv/installed
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DEFFK_PYTHON=OFF \
@@ -72,6 +73,7 @@ sanitize: .venv/installed
 	$(BIN)/cmake --build build/sanitize
 	build/sanitize/tests/cpp/fuzz_wq_linear 100000
 	build/sanitize/tests/cpp/fuzz_fftconv 20000
+	build/sanitize/tests/cpp/fuzz_dyad 20000
 
 lint: .venv/installed
 	@$(PIP) ruff==0.17.5

@@ -14,7 +14,9 @@ import pytest
 BUILD = Path(__file__).parents[1] / "build" / f"cmake-{sys.implementation.cache_tag}"
 
 
-@pytest.mark.parametrize(("program", "calls"), [("fuzz_wq_linear", 20_000), ("fuzz_fftconv", 5_000)])
+@pytest.mark.parametrize(
+    ("program", "calls"), [("fuzz_wq_linear", 20_000), ("fuzz_fftconv", 5_000), ("fuzz_dyad", 5_000)]
+)
 def test_random_calls(program: str, calls: int) -> None:
     path = BUILD / "tests" / "cpp" / program
     if not path.is_file():

@@ -41,6 +41,22 @@ void transpose16(float* rows, float* to) {
     }
 }
 
+// n lines of `width` <= 16 values that lie `stride` elements apart.
+template <DType T> EFFK_INLINE void read_lines_as(const char* from, int64_t stride, int n, int width, float* to) {
+  stride *= int64_t(bytes_of(T));
+  if (width == 16)
+    for (int l = 0; l < n; ++l, from += stride) store_f32(to + l * 16, load_as<T>(from, 0));
+  else
+    for (int l = 0; l < n; ++l, from += stride) store_f32(to + l * 16, load_part<T>(from, 0, width));
+}
+void read_lines(const char* from, DType t, int64_t stride, int n, int width, float* to) {
+  switch (t) {
+    case DType::bf16: return read_lines_as<DType::bf16>(from, stride, n, width, to);
+    case DType::f16: return read_lines_as<DType::f16>(from, stride, n, width, to);
+    default: return read_lines_as<DType::f32>(from, stride, n, width, to);
+  }
+}
+
 // block[i][k] of elements (i0 + i, k0 + k), i < rows, k < count, both at most 16; zero beyond, rows beyond untouched when `by_k`
 // is false. by_k: block[k][i].
 void read_block(const Source& s, int64_t i0, int rows, int64_t k0, int count, bool by_k, float* block) {
@@ -50,7 +66,7 @@ void read_block(const Source& s, int64_t i0, int rows, int64_t k0, int count, bo
     const bool turn = k_runs == by_k;  // lines run along the other index than wanted
     float* to = turn ? lines : block;
     const int n = k_runs ? rows : count, width = k_runs ? count : rows;
-    for (int l = 0; l < n; ++l) store_f32(to + l * 16, load_floats(k_runs ? at(s, i0 + l, k0) : at(s, i0, k0 + l), s.dtype, width));
+    if (n > 0) read_lines(at(s, i0, k0), s.dtype, k_runs ? s.row : s.k_step, n, width, to);
     for (int l = n; l < 16; ++l) store_f32(to + l * 16, zero_f());
     if (turn) transpose16(lines, block);
     return;
@@ -62,29 +78,42 @@ void read_block(const Source& s, int64_t i0, int rows, int64_t k0, int count, bo
 
 EFFK_INLINE vi bf16_pairs(vf low, vf high) { return bits_or(bf16_bits(low), shift_left<16>(bf16_bits(high))); }
 
+// Whole units of rows that lie as they are wanted: one pointer a row, or the copy takes longer than the load.
+template <gemm::Form F, DType T> void copy_rows(const Source& s, int rows, int64_t units, char* to) {
+  constexpr int kUnit = gemm::unit_k(F);
+  for (int r = 0; r < rows; ++r) {
+    const char* from = at(s, r, 0);
+    char* out = to + r * gemm::kUnitBytes;
+    for (int64_t u = 0; u < units; ++u, out += rows * gemm::kUnitBytes, from += kUnit * int64_t(bytes_of(T))) {
+      if constexpr (F == gemm::Form::bf16) store_unit(out, load_unit(from));
+      else store_f32(out, load_as<T>(from, 0));
+    }
+  }
+}
+
 // Units of 64 bytes: 16 fp32 values, or 32 of bf16.
 template <gemm::Form F> void pack_rows(const Source& s, int rows, int64_t k, int64_t units, void* to) {
   constexpr int kUnit = gemm::unit_k(F), kHalves = kUnit / 16;
   char* out = static_cast<char*>(to);
-  for (int64_t u = 0; u < units; ++u, out += rows * gemm::kUnitBytes) {
-    const int64_t left = k - u * kUnit;
-    if (s.k_step == 1 && left >= kUnit) {
-      for (int r = 0; r < rows; ++r) {
-        if constexpr (F == gemm::Form::bf16) store_unit(out + r * 64, load_unit(at(s, r, u * kUnit)));
-        else store_f32(out + r * 64, load_floats(at(s, r, u * kUnit), s.dtype, 16));
-      }
-      continue;
-    }
+  int64_t u = 0;
+  if (s.k_step == 1) {
+    u = k / kUnit;
+    if constexpr (F == gemm::Form::bf16) copy_rows<F, DType::bf16>(s, rows, u, out);
+    else if (s.dtype == DType::f32) copy_rows<F, DType::f32>(s, rows, u, out);
+    else if (s.dtype == DType::bf16) copy_rows<F, DType::bf16>(s, rows, u, out);
+    else copy_rows<F, DType::f16>(s, rows, u, out);
+    out += u * rows * gemm::kUnitBytes;
+  }
+  for (; u < units; ++u, out += rows * gemm::kUnitBytes)
     for (int h = 0; h < kHalves; ++h) {
       alignas(64) float block[256];
-      const int count = upto16(left - 16 * h);
+      const int count = upto16(k - u * kUnit - 16 * h);
       read_block(s, 0, rows, u * kUnit + 16 * h, count < 0 ? 0 : count, false, block);
       for (int r = 0; r < rows; ++r) {
         if constexpr (F == gemm::Form::bf16) store_bf16(out + r * 64 + h * 32, load_f32(block + r * 16));
         else store_f32(out + r * 64, load_f32(block + r * 16));
       }
     }
-  }
 }
 
 void pack_tile(const Source& s, int columns, int64_t k, DType panel, void* to) {

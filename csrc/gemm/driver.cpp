@@ -32,6 +32,9 @@ const char* kernel_name(DType x, DType panels) { return choose(x, panels).name; 
 
 namespace {
 
+// Tuned on Zen 5 (48 KiB, 1 MiB, 32 MiB) with a second-level cache of 256 KiB in mind: a piece of 64 rows (128 KiB), a panel
+// of weights (96 KiB) and the next one stream through it. 32 rows lose 10 %, 96 and 128 change nothing; 8 to 64 units of depth
+// are alike. Without fetching the next panel ahead dense fp32 was at 77 %, bf16 at 78 %.
 constexpr int64_t kTileRows = 64;         // tokens whose packed rows are used together
 constexpr int64_t kDepthUnits = 32;       // units of k between visits of the results: 512 in fp32
 constexpr int64_t kChunkTiles = 24;       // tiles of columns whose results are kept beside that: 64 x 384 floats, 96 KiB
@@ -112,23 +115,31 @@ void multiply(const Plan& p, DType panels, const char* operand, int64_t rows, co
   const Kernel& k = *p.k;
   const int64_t blocks = p.blocks(rows), block_bytes = p.units * k.rows * kUnitBytes;
   const int64_t b_unit = tile_bytes / p.units;
+  const bool direct = out.dtype == DType::f32 && out.column == 1 && out.act == Activation::none;  // sums are results
   for (int64_t c0 = j0; c0 < j1; c0 += kChunkTiles) {
-    const int64_t c1 = std::min(c0 + kChunkTiles, j1), ldc = (c1 - c0) * panel::kColumns;
+    const int64_t c1 = std::min(c0 + kChunkTiles, j1), ldc = direct ? out.row : (c1 - c0) * panel::kColumns;
     for (int64_t u0 = 0; u0 < p.units; u0 += kDepthUnits) {
       const int64_t units = std::min(kDepthUnits, p.units - u0);
       for (int64_t j = c0, step; j < c1; j += step) {
         step = next_tiles(c1 - j, k.tiles);
-        float* c = results + (j - c0) * panel::kColumns;
+        float* c = direct ? static_cast<float*>(out.data) + j * panel::kColumns : results + (j - c0) * panel::kColumns;
+        const uint8_t* panel = matrix + j * tile_bytes + u0 * b_unit;
+        // The panel that comes next is fetched meanwhile, a part of one of its tiles by each block of rows.
+        const bool inside = j + step < c1, deeper = u0 + units < p.units;
+        const uint8_t* next = inside ? panel + step * tile_bytes : matrix + (deeper ? c0 * tile_bytes + (u0 + units) * b_unit : c1 * tile_bytes);
+        const int64_t parts = ceil_div(blocks, step), share = parts > 1 && (inside || deeper || c1 < j1) ? ceil_div(b_unit, parts * 64) * 64 : 0;
+        const int64_t here = std::min(step * panel::kColumns, columns - j * panel::kColumns);
         for (int64_t b = 0; b < blocks; ++b) {
           const int in_block = int(std::min<int64_t>(k.rows, rows - b * k.rows));
-          k.multiply({operand + b * block_bytes + u0 * in_block * kUnitBytes, matrix + j * tile_bytes + u0 * b_unit, tile_bytes, units,
+          k.multiply({operand + b * block_bytes + u0 * in_block * kUnitBytes, panel, tile_bytes, units,
                       bias ? bias + j * panel::kColumns : nullptr, u0 > 0, c + b * k.rows * ldc, ldc, in_block, int(step),
-                      panel::kColumns, panels});
+                      direct ? int(here - (step - 1) * panel::kColumns) : panel::kColumns, panels,
+                      next + b % step * tile_bytes + b / step * share * units, share});
         }
-        if (u0 + units < p.units) continue;
+        if (direct || u0 + units < p.units) continue;
         Output part = out;
         part.data = shifted(out.data, j * panel::kColumns * out.column, out.dtype);
-        k.finish(c, ldc, rows, std::min(step * panel::kColumns, columns - j * panel::kColumns), part);
+        k.finish(c, ldc, rows, here, part);
       }
     }
   }

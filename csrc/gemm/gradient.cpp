@@ -116,7 +116,7 @@ void gradient(const GradientArgs& g, void* workspace, const ParallelFor& pf) {
           for (int64_t r = b0; r < std::min(b0 + kRowBlocks, p.blocks); ++r)
             k.multiply({rows + r * k.rows * p.units * kUnitBytes, reinterpret_cast<const uint8_t*>(columns + j * p.tile_bytes), p.tile_bytes, units,
                         nullptr, t0 > 0, c[component] + (d * g.d_out + r * k.rows) * g.d_in + j * panel::kColumns, g.d_in,
-                        int(std::min<int64_t>(k.rows, g.d_out - r * k.rows)), int(step), last, p.panels});
+                        int(std::min<int64_t>(k.rows, g.d_out - r * k.rows)), int(step), last, p.panels, nullptr, 0});
         }
       }
     });

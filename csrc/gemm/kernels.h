@@ -36,6 +36,8 @@ struct Product {
   int64_t ldc;              // floats between rows
   int rows, tiles, last;    // last: columns of the last tile, 1 to 16; nothing beyond is touched
   DType b_dtype;
+  const uint8_t* ahead;     // fetched into the second-level cache meanwhile, `ahead_unit` bytes per unit, or null
+  int64_t ahead_unit;
 };
 
 // Where finished results go: act(c[r][j]) to data[r * row + j * column], rounded to dtype.

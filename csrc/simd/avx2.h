@@ -178,6 +178,32 @@ EFFK_INLINE void prefetch_far(const void* p) { __asm__ volatile("prefetcht1 (%0)
 EFFK_INLINE void prefetch_write(const void* p) { __asm__ volatile("prefetchw (%0)" : : "r"(p)); }
 EFFK_INLINE void prefetch_once(const void* p) { __asm__ volatile("prefetchnta (%0)" : : "r"(p)); }
 
+EFFK_INLINE __m256i in_order(__m256i v) { return _mm256_permute4x64_epi64(v, 0xD8); }  // after an operation inside 128-bit lanes
+EFFK_INLINE void unzip32(vi a, vi b, vi& even, vi& odd) {
+  const auto half = [](__m256i x, __m256i y, auto& to, auto pick) { to = in_order(_mm256_castps_si256(pick(_mm256_castsi256_ps(x), _mm256_castsi256_ps(y)))); };
+  const auto evens = [](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, 0x88); };
+  const auto odds = [](__m256 x, __m256 y) { return _mm256_shuffle_ps(x, y, 0xDD); };
+  vi e, o;
+  half(a.a, a.b, e.a, evens), half(b.a, b.b, e.b, evens);
+  half(a.a, a.b, o.a, odds), half(b.a, b.b, o.b, odds);
+  even = e, odd = o;
+}
+EFFK_INLINE void unzip16(vi a, vi b, vi& even, vi& odd) {
+  const __m256i low = _mm256_set1_epi32(0xffff);
+  const auto evens = [&](vi v) { return in_order(_mm256_packus_epi32(_mm256_and_si256(v.a, low), _mm256_and_si256(v.b, low))); };
+  const auto odds = [&](vi v) { return in_order(_mm256_packus_epi32(_mm256_srli_epi32(v.a, 16), _mm256_srli_epi32(v.b, 16))); };
+  const vi e{evens(a), evens(b)}, o{odds(a), odds(b)};
+  even = e, odd = o;
+}
+EFFK_INLINE void zip32(vf even, vf odd, vf& a, vf& b) {
+  const auto half = [](__m256 e, __m256 o) {
+    const __m256 low = _mm256_unpacklo_ps(e, o), high = _mm256_unpackhi_ps(e, o);
+    return vf{_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+  };
+  const vf first = half(even.a, odd.a), second = half(even.b, odd.b);
+  a = first, b = second;
+}
+
 // One native register of floats (see avx512.h).
 using vr = __m256;
 constexpr int kLanes = 8;

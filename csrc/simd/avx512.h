@@ -155,6 +155,23 @@ EFFK_INLINE void prefetch_far(const void* p) { __asm__ volatile("prefetcht1 (%0)
 EFFK_INLINE void prefetch_write(const void* p) { __asm__ volatile("prefetchw (%0)" : : "r"(p)); }
 EFFK_INLINE void prefetch_once(const void* p) { __asm__ volatile("prefetchnta (%0)" : : "r"(p)); }
 
+// Two vectors of 32-bit or 16-bit lanes, one behind the other, as their even and their odd lanes; and back.
+EFFK_INLINE void unzip32(vi a, vi b, vi& even, vi& odd) {
+  const vi i = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = _mm512_permutex2var_epi32(a, i, b);
+  odd = _mm512_permutex2var_epi32(a, add_i(i, set_i(1)), b);
+}
+EFFK_INLINE void unzip16(vi a, vi b, vi& even, vi& odd) {
+  const vi i = _mm512_add_epi32(_mm512_set1_epi32(0x00020000), mul_i(lane_index(), set_i(0x00040004)));
+  even = _mm512_permutex2var_epi16(a, i, b);
+  odd = _mm512_permutex2var_epi16(a, add_i(i, set_i(0x00010001)), b);
+}
+EFFK_INLINE void zip32(vf even, vf odd, vf& a, vf& b) {
+  const vi i = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  a = _mm512_permutex2var_ps(even, i, odd);
+  b = _mm512_permutex2var_ps(even, add_i(i, set_i(8)), odd);
+}
+
 // One native register of floats and its width; codelets that need many registers are written with it. Arithmetic is that
 // of vf. fms(a, b, c) = a b - c.
 using vr = vf;

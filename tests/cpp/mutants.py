@@ -23,6 +23,8 @@ CALLS = "4000"
 WQ = "ops/wq_linear"
 FFT = "ops/fftconv"
 DEPTHWISE = "ops/depthwise_conv1d"
+GEMM = "gemm"
+DYAD = "ops/dyad_linear"
 
 
 class Mutant(NamedTuple):
@@ -91,7 +93,47 @@ FFT_MUTANTS = (
            "const int64_t n = t + a.offset - j + 1;\n        if (n < 0", f"{DEPTHWISE}/scalar.cpp"),
 )
 
-MUTANTS = FFT_MUTANTS + (
+
+def gemm(name: str, file: str, old: str, new: str, unit: str = f"{GEMM}/scalar.cpp") -> Mutant:
+    return Mutant(f"dyad_linear: {name}", file, old, new, unit)
+
+
+GEMM_MUTANTS = (
+    gemm("last columns of a tile written whole", "simd/gemm.h", "if (i == NT - 1 && last < 16) store_part",
+         "if (i == NT - 1 && last < 15) store_part"),
+    gemm("sums of an earlier piece of k forgotten", "simd/gemm.h", "acc[r][i] = load_f32(c + r * ldc + i * 16);",
+         "acc[r][i] = zero_f();"),
+    gemm("bias of the first tile for all", "simd/gemm.h", "load_f32(p.init + i * 16)", "load_f32(p.init)", f"{GEMM}/avx512.cpp"),
+    gemm("halves of a bf16 pair exchanged", "simd/gemm.h", "b[0] = as_float(shift_left<16>(v));\n    b[1] =",
+         "b[1] = as_float(shift_left<16>(v));\n    b[0] ="),
+    gemm("rest of k not cleared", "gemm/body.h", "for (int l = n; l < 16; ++l) store_f32(to + l * 16, zero_f());", ""),
+    gemm("rows packed one value short", "gemm/body.h", "const int count = upto16(k - u * kUnit - 16 * h);",
+         "const int count = upto16(k - u * kUnit - 16 * h - 1);"),
+    gemm("activation forgotten with features first", "gemm/body.h",
+         "i < width ? activate(load_f32_part(c + (r + i) * ldc + j, count), o.act)", "i < width ? load_f32_part(c + (r + i) * ldc + j, count)"),
+    gemm("pieces of sums end early", "gemm/body.h", "for (int64_t i0 = 0; i0 < count; i0 += 64) {",
+         "for (int64_t i0 = 0; i0 + 1 < count; i0 += 64) {"),
+    gemm("residue classes in another order", "simd/interleave.h", "split<L, N / 2>(odd, out + step, 2 * step);",
+         "split<L, N / 2>(even, out + step, 2 * step);"),
+    gemm("interleaving forgets the rest", "simd/interleave.h", "for (int64_t j = i; j < d; ++j) y[j * n + r] +=",
+         "for (int64_t j = i + 1; j < d; ++j) y[j * n + r] +="),
+    gemm("gelu of the wrong tail", "simd/activation.h", "sub_f(max_f(zero_f(), x), mul_f(a, tail))",
+         "sub_f(max_f(zero_f(), x), mul_f(x, tail))"),
+    gemm("residues of the first block for all", "gemm/driver.cpp",
+         "Source{residues + d * s.d_in * bytes_of(a.dtype), a.dtype, p.f_in, 1}", "Source{residues, a.dtype, p.f_in, 1}",
+         f"{GEMM}/driver.cpp"),
+    gemm("bias twice where two sums meet", "gemm/driver.cpp", "bias && matrix < s.n ? bias + matrix *",
+         "bias ? bias + matrix % s.n *", f"{GEMM}/driver.cpp"),
+    gemm("packed rows of a later piece of k", "gemm/driver.cpp", "u0 * in_block * kUnitBytes", "u0 * k.rows * kUnitBytes",
+         f"{GEMM}/driver.cpp"),
+    gemm("second gradient from the first rows", "gemm/gradient.cpp", "a[component && p.second_gy]", "a[0]", f"{GEMM}/gradient.cpp"),
+    gemm("chunks of tokens overwrite each other", "gemm/gradient.cpp", "nullptr, t0 > 0,", "nullptr, false,", f"{GEMM}/gradient.cpp"),
+    gemm("overlap overwritten instead of added", "ops/dyad_linear/pack.cpp", "get(w, dtype, at) + get(wu,", "get(wu,", f"{DYAD}/pack.cpp"),
+    gemm("quantised second halves of the first block", "ops/dyad_linear/driver.cpp",
+         "wq_cut(rest, (a.n + d) * tiles, (a.n + d + 1) * tiles)", "wq_cut(rest, a.n * tiles, (a.n + 1) * tiles)", f"{DYAD}/driver.cpp"),
+)
+
+MUTANTS = FFT_MUTANTS + GEMM_MUTANTS + (
     packing("code mask one bit short", "return v & ((1 << bits) - 1);", "return v & ((1 << bits) - 2);"),
     packing("code across two bytes loses its upper part", "if (at % 8 + bits > 8) v |=", "if (at % 8 + bits > 9) v |="),
     packing(
@@ -212,7 +254,8 @@ def caught(mutant: Mutant, work: Path) -> bool:
     ]
     program = work / "fuzz"
     flags = ["-std=c++17", "-O2", f"-I{ROOT / 'csrc'}"]
-    source = ROOT / "tests/cpp" / ("fuzz_wq_linear.cpp" if mutant.unit.startswith(WQ) else "fuzz_fftconv.cpp")
+    name = "wq_linear" if mutant.unit.startswith(WQ) else "dyad" if mutant.unit.startswith((GEMM, DYAD)) else "fftconv"
+    source = ROOT / "tests/cpp" / f"fuzz_{name}.cpp"
     subprocess.run(
         [words[0], *flags, str(source), str(work / "mutant.o"), *map(str, objects), "-o", str(program)], check=True
     )
