@@ -43,7 +43,7 @@ struct PackArgs {
   uint32_t words[8];
 };
 
-__global__ void __launch_bounds__(kThreads) pack_rows_kernel(const PackArgs p, void* to, int64_t elements) {
+__global__ void __launch_bounds__(kThreads, 6) pack_rows_kernel(const PackArgs p, void* to, int64_t elements) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i < kPackHeader / 4) {
     uint32_t word = 0;
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) pack_rows_kernel(const PackArgs p, v
   store_scalar(static_cast<char*>(to) + kPackHeader, p.to, i, v);
 }
 
-__global__ void __launch_bounds__(kThreads) unpack_rows_kernel(const Gemm p, DType type, int64_t d_in, int64_t ld, float* out, int64_t elements) {
+__global__ void __launch_bounds__(kThreads, 6) unpack_rows_kernel(const Gemm p, DType type, int64_t d_in, int64_t ld, float* out, int64_t elements) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= elements) return;
   const char* const rows = reinterpret_cast<const char*>(p.header) + kPackHeader;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kThreads) unpack_rows_kernel(const Gemm p, DTy
 }
 
 // 32 columns a block, eight threads a column.
-__global__ void __launch_bounds__(kThreads) column_sums_kernel(const void* x, DType type, int64_t rows, int64_t columns, int64_t ld, int64_t step,
+__global__ void __launch_bounds__(kThreads, 5) column_sums_kernel(const void* x, DType type, int64_t rows, int64_t columns, int64_t ld, int64_t step,
                                                                float* sums) {
   __shared__ float shared[kThreads];
   // Neighbouring threads read neighbours in memory: along the columns, or, where those are far apart, along the rows.

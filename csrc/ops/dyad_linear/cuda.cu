@@ -16,7 +16,7 @@ constexpr int kThreads = 256, kSpan = 1024;
 // Reading residues out of shared memory, neighbouring threads are n elements apart: with n = 2 halves no conflicts, 4 two, 8 four, 16
 // eight ways (fp32: twice that); 32 threads then write 64 bytes in succession.
 template <class T>
-__global__ void __launch_bounds__(kThreads) deinterleave_kernel(const T* in, T* out, int64_t length, int n, int span) {
+__global__ void __launch_bounds__(kThreads, 4) deinterleave_kernel(const T* in, T* out, int64_t length, int n, int span) {
   EFFK_DYN_SMEM(smem);
   T* const part = reinterpret_cast<T*>(smem);
   const int64_t spans = (length + span - 1) / span, row = blockIdx.x / spans, first = blockIdx.x % spans * span, per_row = length / n;
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kThreads) deinterleave_kernel(const T* in, T* 
   }
 }
 
-__global__ void __launch_bounds__(kThreads) to_dense_kernel(const Weights w, int n, int64_t d_out, int64_t d_in, Kind kind, void* dense) {
+__global__ void __launch_bounds__(kThreads, 6) to_dense_kernel(const Weights w, int n, int64_t d_out, int64_t d_in, Kind kind, void* dense) {
   const int64_t f_in = n * d_in, f_out = n * d_out, i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= f_in * f_out) return;
   const int64_t r = i / f_in, j = i % f_in;
