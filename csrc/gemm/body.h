@@ -6,6 +6,7 @@
 //   finish    activation, rounding and the store of results that a product left in the first-level cache
 #pragma once
 #include <cstring>
+#include <type_traits>
 
 #include "gemm/kernels.h"
 #include "simd/activation.h"
@@ -44,10 +45,19 @@ void transpose16(float* rows, float* to) {
 // n lines of `width` <= 16 values that lie `stride` elements apart.
 template <DType T> EFFK_INLINE void read_lines_as(const char* from, int64_t stride, int n, int width, float* to) {
   stride *= int64_t(bytes_of(T));
-  if (width == 16)
+  if (width == 16) {
     for (int l = 0; l < n; ++l, from += stride) store_f32(to + l * 16, load_as<T>(from, 0));
-  else
+  } else if (T != DType::f16 && width == 8) {  // a block of rows in 512 bits: halves of known size, no copy in part
+    for (int l = 0; l < n; ++l, from += stride) {
+      typename std::conditional<T == DType::f32, uint32_t, uint16_t>::type bits[8];
+      uint32_t wide[16] = {};
+      std::memcpy(bits, from, sizeof bits);
+      for (int i = 0; i < 8; ++i) wide[i] = T == DType::f32 ? uint32_t(bits[i]) : uint32_t(bits[i]) << 16;
+      std::memcpy(to + l * 16, wide, 64);
+    }
+  } else {
     for (int l = 0; l < n; ++l, from += stride) store_f32(to + l * 16, load_part<T>(from, 0, width));
+  }
 }
 void read_lines(const char* from, DType t, int64_t stride, int n, int width, float* to) {
   switch (t) {
@@ -122,6 +132,11 @@ void pack_tile(const Source& s, int columns, int64_t k, DType panel, void* to) {
   for (int64_t k0 = 0; k0 < depth; k0 += 16) {
     alignas(64) float block[256];
     const int count = upto16(k - k0);
+    if (panel == DType::bf16 && s.dtype == DType::bf16 && s.row == 1 && columns == 16 && count == 16) {  // pairs of lines as they are
+      for (int i = 0; i < 16; i += 2, out += 64)
+        store_unit(out, bits_or(shift_right<16>(as_int(load_bf16(at(s, 0, k0 + i)))), as_int(load_bf16(at(s, 0, k0 + i + 1)))));
+      continue;
+    }
     read_block(s, 0, columns, k0, count < 0 ? 0 : count, true, block);
     if (panel == DType::bf16) {
       for (int i = 0; i < 16; i += 2, out += 64) store_unit(out, bf16_pairs(load_f32(block + i * 16), load_f32(block + i * 16 + 16)));

@@ -8,7 +8,8 @@ namespace effk::gemm {
 namespace {
 
 constexpr int64_t kChunkTokens = 512;     // a multiple of every unit of k
-constexpr int64_t kRowBlocks = 8, kColumnTiles = 24;  // of the gradient that one item makes
+constexpr int64_t kGroupTokens = 32;      // packed at a time, a whole number of units
+constexpr int64_t kRowBlocks = 16, kColumnTiles = 24;  // of the gradient that one item makes
 
 struct GradientPlan {
   const Kernel* k;
@@ -67,37 +68,38 @@ void gradient(const GradientArgs& g, void* workspace, const ParallelFor& pf) {
   float* c[2] = {p.sum_floats ? sums : static_cast<float*>(g.gwl), p.sum_floats ? sums + p.sum_floats : static_cast<float*>(g.gwu)};
   const int size = int(bytes_of(g.dtype));
 
-  // Element (i, t) of column i of a matrix [tokens, width] or its transpose, i = d * side + j or j * n + d.
-  const auto source = [&](const void* m, const void* by_residue, bool second, int64_t width, int64_t side, int64_t d, int64_t j, int64_t t0) {
-    if (g.features) return Source{shifted(m, (second ? j * g.n + d : d * side + j) * g.tokens + t0, g.dtype), g.dtype, second ? g.n * g.tokens : g.tokens, 1};
-    if (second) return Source{shifted(by_residue, d * side + j, g.dtype), g.dtype, 1, width};
-    return Source{shifted(m, t0 * width + d * side + j, g.dtype), g.dtype, 1, width};
+  // Column d * side + j, or j * n + d when `second`, of a matrix [tokens, width] or its transpose, from token t0 + t on. In rows
+  // of tokens the second comes from residues that were gathered first, those of the chunk at t0.
+  const auto source = [&](const void* m, const void* residues, bool second, int64_t width, int64_t side, int64_t d, int64_t j, int64_t t0, int64_t t) {
+    if (g.features) {
+      const int64_t first = (second ? j * g.n + d : d * side + j) * g.tokens + t0 + t;
+      return Source{shifted(m, first, g.dtype), g.dtype, second ? g.n * g.tokens : g.tokens, 1};
+    }
+    return Source{second ? shifted(residues, t * width + d * side + j, g.dtype) : shifted(m, (t0 + t) * width + d * side + j, g.dtype), g.dtype, 1, width};
   };
   for (int64_t t0 = 0; t0 < g.tokens; t0 += kChunkTokens) {
     const int64_t tokens = std::min(kChunkTokens, g.tokens - t0), depth = panel::padded(tokens, p.panels), units = depth / unit_k(k.form);
-    if (p.x2_bytes || p.gy2_bytes)
-      parallel_for(pf, tokens, 16, [&](int64_t r0, int64_t r1) {
-        for (int64_t r = r0; r < r1; ++r) {
+    // A group of tokens for all rows and columns, so that memory is read row by row.
+    const int64_t group_units = kGroupTokens / unit_k(k.form);
+    parallel_for(pf, ceil_div(tokens, kGroupTokens), 1, [&](int64_t g0, int64_t g1) {
+      for (int64_t i = g0; i < g1; ++i) {
+        const int64_t t = i * kGroupTokens, count = std::min(kGroupTokens, tokens - t), here = std::min(group_units, units - i * group_units);
+        for (int64_t r = t; r < t + count; ++r) {
           if (p.x2_bytes) k.deinterleave(shifted(g.x, (t0 + r) * p.f_in, g.dtype), size, g.d_in, g.n, x2 + r * p.f_in * size, g.d_in);
           if (p.gy2_bytes) k.deinterleave(shifted(g.gy, (t0 + r) * p.f_out, g.dtype), size, g.d_out, g.n, gy2 + r * p.f_out * size, g.d_out);
         }
-      });
-    const int64_t a_items = g.n * p.blocks, b_items = g.n * p.tiles;
-    parallel_for(pf, 2 * (a_items + b_items), 4, [&](int64_t i0, int64_t i1) {
-      for (int64_t i = i0; i < i1; ++i) {
-        if (i < 2 * a_items) {
-          const bool second = i >= a_items;
-          if (!(second ? p.second_gy : p.first_gy)) continue;
-          const int64_t d = i % a_items / p.blocks, o = i % p.blocks * k.rows;
-          const Source s = source(g.gy, gy2, second, p.f_out, g.d_out, d, o, t0);
-          k.pack_rows(s, int(std::min<int64_t>(k.rows, g.d_out - o)), tokens, units, a[second] + i % a_items * k.rows * p.units * kUnitBytes);
-        } else {
-          const int64_t l = i - 2 * a_items;
-          const bool second = l >= b_items;
-          if (!(second ? p.second_x : p.first_x)) continue;
-          const int64_t d = l % b_items / p.tiles, j = l % p.tiles * panel::kColumns;
-          const Source s = source(g.x, x2, second, p.f_in, g.d_in, d, j, t0);
-          k.pack_tile(s, int(std::min<int64_t>(panel::kColumns, g.d_in - j)), tokens, p.panels, b[second] + l % b_items * p.tile_bytes);
+        for (int second = 0; second < 2; ++second) {
+          for (int64_t l = 0; (second ? p.second_gy : p.first_gy) && l < g.n * p.blocks; ++l) {
+            const int64_t d = l / p.blocks, o = l % p.blocks * k.rows;
+            const int rows = int(std::min<int64_t>(k.rows, g.d_out - o));
+            k.pack_rows(source(g.gy, gy2, second, p.f_out, g.d_out, d, o, t0, t), rows, count, here,
+                        a[second] + (l * k.rows * p.units + i * group_units * rows) * kUnitBytes);
+          }
+          for (int64_t l = 0; (second ? p.second_x : p.first_x) && l < g.n * p.tiles; ++l) {
+            const int64_t d = l / p.tiles, j = l % p.tiles * panel::kColumns;
+            k.pack_tile(source(g.x, x2, second, p.f_in, g.d_in, d, j, t0, t), int(std::min<int64_t>(panel::kColumns, g.d_in - j)), count, p.panels,
+                        b[second] + l * p.tile_bytes + t * panel::kColumns * bytes_of(p.panels));
+          }
         }
       }
     });
@@ -113,10 +115,14 @@ void gradient(const GradientArgs& g, void* workspace, const ParallelFor& pf) {
         for (int64_t j = j0, step; j < j1; j += step) {
           step = next_tiles(j1 - j, k.tiles);
           const int last = int(std::min<int64_t>(panel::kColumns, g.d_in - (j + step - 1) * panel::kColumns));
-          for (int64_t r = b0; r < std::min(b0 + kRowBlocks, p.blocks); ++r)
+          // The next panel is fetched meanwhile, as in driver.cpp.
+          const int64_t r1 = std::min(b0 + kRowBlocks, p.blocks), parts = ceil_div(r1 - b0, step), unit = p.tile_bytes / p.units;
+          const int64_t share = parts > 1 && j + step < j1 ? ceil_div(unit, parts * 64) * 64 : 0;
+          for (int64_t r = b0; r < r1; ++r)
             k.multiply({rows + r * k.rows * p.units * kUnitBytes, reinterpret_cast<const uint8_t*>(columns + j * p.tile_bytes), p.tile_bytes, units,
                         nullptr, t0 > 0, c[component] + (d * g.d_out + r * k.rows) * g.d_in + j * panel::kColumns, g.d_in,
-                        int(std::min<int64_t>(k.rows, g.d_out - r * k.rows)), int(step), last, p.panels, nullptr, 0});
+                        int(std::min<int64_t>(k.rows, g.d_out - r * k.rows)), int(step), last, p.panels,
+                        reinterpret_cast<const uint8_t*>(columns + (j + step + (r - b0) % step) * p.tile_bytes + (r - b0) / step * share * units), share});
         }
       }
     });
