@@ -3,10 +3,11 @@
 //
 //   out[m, n] = act(sum over segments and k of a[m, k] b[n, k] + bias)        for each problem; fp32 sums, k ascending
 //
-// A problem is a block and, where the outputs of a block belong to `classes` interleaved groups, one of those: class c of block
-// d has the features f = d * side + first + j * classes, j = 0, 1, ..., which are those with f % classes == c; side is the number
-// of features of a block, and quotient = f(j = 0) / classes. So a product whose second half is scattered with a stride (DYAD's
-// output transpose) is n * n ordinary products with K = 2 k, each complete in one place: bias and activation fit the epilogue.
+// A problem is a block and, where the outputs of a block belong to `classes` interleaved groups, one of those: class c
+// of block d has the features f = d * side + first + j * classes, j = 0, 1, ..., which are those with f % classes == c;
+// side is the number of features of a block, and quotient = f(j = 0) / classes. So a product whose second half is
+// scattered with a stride (DYAD's output transpose) is n * n ordinary products with K = 2 k, each complete in one
+// place: bias and activation fit the epilogue.
 #pragma once
 #include <cstdint>
 
@@ -53,8 +54,8 @@ struct Gemm {
   int residue_count = 1;
   int64_t residue_ld = 0;
 
-  // Not null: eight words that must be these; the results are NaN where they are not. Weights that were packed on the device
-  // start with such words, which the host cannot look at without waiting.
+  // Not null: eight words that must be these; the results are NaN where they are not. Weights that were packed on the
+  // device start with such words, which the host cannot look at without waiting.
   const uint32_t* header = nullptr;
   uint32_t expected[8] = {};
 

@@ -88,8 +88,9 @@ __device__ __forceinline__ bool header_ok(const Gemm& p) {
   return same;
 }
 
-// kRows x kColumns fp32 sums in shared memory, rows kPitch floats apart, the first one row0 of the block's tile: bias and activation in
-// place. In loops of one element, because six activations unrolled over every element of a thread are most of a kernel's code.
+// kRows x kColumns fp32 sums in shared memory, rows kPitch floats apart, the first one row0 of the block's tile: bias
+// and activation in place. In loops of one element, because six activations unrolled over every element of a thread are
+// most of a kernel's code.
 template <int kRows, int kColumns, int kPitch, int kThreads>
 __device__ __forceinline__ void finish_tile(const Gemm& p, const Problem& problem, float* tile, int row0, bool known) {
 #pragma unroll 1
@@ -102,7 +103,8 @@ __device__ __forceinline__ void finish_tile(const Gemm& p, const Problem& proble
   }
 }
 
-// The tile rounded to the type of the result: four neighbours at once where they are that in memory, and the copy in residues.
+// The tile rounded to the type of the result: four neighbours at once where they are that in memory, and the copy in
+// residues.
 template <int kRows, int kColumns, int kPitch, int kThreads>
 __device__ __forceinline__ void store_tile(const Gemm& p, const Problem& problem, const float* tile, int row0) {
   void* const out = p.outs > 0 && problem.out == 1 ? p.out[1] : p.out[0];
@@ -141,7 +143,8 @@ __device__ __forceinline__ void store_tile(const Gemm& p, const Problem& problem
     }
   }
   if (!p.residues) return;
-  // Neighbouring threads take neighbours of the copy: columns residue_count apart, or 1 where classes already are residues.
+  // Neighbouring threads take neighbours of the copy: columns residue_count apart, or 1 where classes already are
+  // residues.
   const int apart = p.classes > 1 ? 1 : min(p.residue_count, kColumns), per = (kColumns + apart - 1) / apart;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kRows * per * apart; i += kThreads) {

@@ -1,16 +1,18 @@
-// Pieces of a tensor-core GEMM for 16-bit operands: tiles in shared memory, filled by cp.async or, where an operand has a
-// stride or no alignment, element by element; fragments by ldmatrix; mma.sync m16n8k16 with fp32 sums. A kernel owns its
-// loop over stages (ops/dense_linear/cuda_gemm.h); what lies here knows one tile.
+// Pieces of a tensor-core GEMM for 16-bit operands: tiles in shared memory, filled by cp.async or, where an operand has
+// a stride or no alignment, element by element; fragments by ldmatrix; mma.sync m16n8k16 with fp32 sums. A kernel owns
+// its loop over stages (ops/dense_linear/cuda_mma.h); what lies here knows one tile.
 //
-// A tile has rows (m or n) and k. It lies in shared memory as it lies in memory: lines along k (64 bytes for kTileK = 32), or
-// lines along the rows (128 bytes and more, one for each k), read transposed. Chunks of 16 bytes exchange places in a line so that the
-// eight lines that an ldmatrix phase reads at one chunk fill all 32 banks, and so do the chunks that eight threads write:
+// A tile has rows (m or n) and k. It lies in shared memory as it lies in memory: lines along k (64 bytes for kTileK =
+// 32), or lines along the rows (128 bytes and more, one for each k), read transposed. Chunks of 16 bytes exchange
+// places in a line so that the eight lines that an ldmatrix phase reads at one chunk fill all 32 banks, and so do the
+// chunks that eight threads write:
 //   along k        place = chunk ^ (line / 2) % 4      two lines fill the banks once, four pairs take the four places
 //   along rows     place = chunk ^ line % 8
-// Residues: elements n apart are gathered on the way in (eight loads of two bytes a chunk) and not out of shared memory. To pick them
-// there, a stage would have to hold n tiles; a warp that owns 64 x 32 of the result would need 32 two-byte reads for 16 mma instead of 4
-// ldmatrix, with n / 2 conflicts each (stride n halves: n = 4 two, n = 8 four ways), which costs more time than the mma. Where a call is
-// large, ops/dyad_linear/cuda.cu puts the residues in order first, and every load here is a cp.async.
+// Residues: elements n apart are gathered on the way in (eight loads of two bytes a chunk) and not out of shared
+// memory. To pick them there, a stage would have to hold n tiles; a warp that owns 64 x 32 of the result would need 32
+// two-byte reads for 16 mma instead of 4 ldmatrix, with n / 2 conflicts each (stride n halves: n = 4 two, n = 8 four
+// ways), which costs more time than the mma. Where a call is large, ops/dyad_linear/cuda.cu puts the residues in order
+// first, and every load here is a cp.async.
 #pragma once
 #include "cuda/cu.h"
 #include "cuda/ptx.h"
@@ -27,7 +29,8 @@ struct MmaShape {
 
 constexpr int kTileK = 32;
 
-// Element (row, k) at base[row * ld + k * step] (along k) or base[k * ld + row * step]; what is outside rows and depth is zero.
+// Element (row, k) at base[row * ld + k * step] (along k) or base[k * ld + row * step]; what is outside rows and depth
+// is zero.
 template <class T>
 struct TileSource {
   const T* base;
@@ -49,7 +52,8 @@ __device__ __forceinline__ int tile_place(int line, int chunk) {
   return (line * kChunks + (chunk ^ (kChunks == 4 ? line >> 1 & 3 : line & 7))) * 16;
 }
 
-// All threads fill a tile of kRows x kTileK. The caller commits; elements that were stored directly are visible after the same barrier.
+// All threads fill a tile of kRows x kTileK. The caller commits; elements that were stored directly are visible after
+// the same barrier.
 template <int kRows, bool kAlongK, int kThreads, class T>
 __device__ __forceinline__ void load_tile(unsigned char* to, const TileSource<T>& s, int row0, int k0) {
   constexpr int kLine = (kAlongK ? kTileK : kRows) / 8, kChunks = kRows * kTileK / 8;

@@ -1,7 +1,8 @@
-// The CUDA kernels of dense_linear and dyad_linear against sums in float64 over the table of the specification, without torch: the
-// program that runs under ASan and UBSan in every thread order and must fail for every planted bug of mutants.py; on a GPU, the
-// one that compute-sanitizer watches.
-//   driver_dyad [quick | large]     quick: the cases of the planted bugs; large: also the largest tile with several of each side
+// The CUDA kernels of dense_linear and dyad_linear against sums in float64 over the table of the specification, without
+// torch: the program that runs under ASan and UBSan in every thread order and must fail for every planted bug of
+// mutants.py; on a GPU, the one that compute-sanitizer watches.
+//   driver_dyad [quick | large]     quick: the cases of the planted bugs; large: also the largest tile with several of
+//                                   each side
 #include "buffers.h"
 
 #include <cmath>
@@ -82,8 +83,8 @@ double activation(double v, Activation act) {
   }
 }
 
-// The largest error over its bound. Sums of `terms` products in fp32 in any order, one rounding to the type of the result, one ulp of fp32
-// more for each step of an activation, whose slope stays below 1.13.
+// The largest error over its bound. Sums of `terms` products in fp32 in any order, one rounding to the type of the
+// result, one ulp of fp32 more for each step of an activation, whose slope stays below 1.13.
 struct Worst {
   double ratio = 0.0;
   void add(double got, double want, double magnitude, double terms, DType type) {
@@ -159,7 +160,7 @@ double worst(const Case& c, std::mt19937& random) {
   launched(dyad::forward(s, x.device(), c.x, plain, e, residues, y.device(), nullptr, c.shape));
   compare_y();
 
-  // Packed as it is, or where that says so in another type, with the weights rounded for the reference too.
+  // Packed, and packed with a header that does not match.
   {
     cuda::Packed what{c.kind, c.w, c.n, c.d_out, c.d_in}, found;
     Array buffer(DType::f16, size_t(what.bytes() + 1) / 2);

@@ -1,11 +1,12 @@
-// The product of csrc/cuda/gemm.h for fp32 and mixed operands: fp32 multiply-adds of the ordinary cores, k ascending, so that fp32
-// results hold the CPU's tolerance. Three tensor-core products of TF32 parts would be up to 1.5 times faster on an H100 (67 against about
-// 300 / 3 Tflop/s), but tensor cores cut their sums instead of rounding them: the error would grow with K, unless every 8 k were added up
-// outside them, which costs most of the gain.
+// The product of csrc/cuda/gemm.h for fp32 and mixed operands: fp32 multiply-adds of the ordinary cores, k ascending,
+// so that fp32 results hold the CPU's tolerance. Three tensor-core products of TF32 parts would be up to 1.5 times
+// faster on an H100 (67 against about 300 / 3 Tflop/s), but tensor cores cut their sums instead of rounding them: the
+// error would grow with K, unless every 8 k were added up outside them, which costs most of the gain.
 //
-// A block of 256 threads has a bm x bn tile, a thread tm x tn of it in quarters (rows 4 ty .. and bm / 2 + 4 ty ..), so that the 16-byte reads
-// of a k row are conflict-free; tiles of 16 k, k-major, two of them in turn, the next one in registers while the present one is multiplied.
-// Writes of an operand along k meet two ways: rows of the tile are bm + 4 floats.
+// A block of 256 threads has a bm x bn tile, a thread tm x tn of it in quarters (rows 4 ty .. and bm / 2 + 4 ty ..), so
+// that the 16-byte reads of a k row are conflict-free; tiles of 16 k, k-major, two of them in turn, the next one in
+// registers while the present one is multiplied. Writes of an operand along k meet two ways: rows of the tile are bm +
+// 4 floats.
 #include <algorithm>
 
 #include "cuda/cu.h"

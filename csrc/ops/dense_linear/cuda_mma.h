@@ -1,14 +1,17 @@
-// The product of csrc/cuda/gemm.h for 16-bit operands on tensor cores: one block a tile of the result, a ring of stages filled by
-// cp.async, one barrier a stage of 32 k. K is the concatenation of the segments, each filled up with zeros to a multiple of 32, so
-// that a result is the same sum in the same order whatever the shape of the tiles and the other rows.
+// The product of csrc/cuda/gemm.h for 16-bit operands on tensor cores: one block a tile of the result, a ring of stages
+// filled by cp.async, one barrier a stage of 32 k. K is the concatenation of the segments, each filled up with zeros to
+// a multiple of 32, so that a result is the same sum in the same order whatever the shape of the tiles and the other
+// rows.
 //
-//   grid     classes · tiles · blocks · outs, in the order of Problem (cuda/gemm_problem.h): every block of DYAD in one launch
+//   grid     classes · tiles · blocks · outs, in the order of Problem (cuda/gemm_problem.h): every block of DYAD in one
+//            launch
 //   ring     stages of a tile (bm x 32) and b tile (bn x 32)
 //   end      the fp32 sums through shared memory: bias, activation, one rounding, whole lines of memory
 //
-// Bound: tensor cores; per block and stage bm · bn · 64 flops for (bm + bn) · 64 bytes from L2. Predicted for an H100 (mma.sync about
-// 600 Tflop/s, L2 about 28 bytes a clock and multiprocessor): the 128 x 256 tile needs 33 bytes a clock at that rate, 64 x 64 needs
-// 88, so the first should come near 85 % of what mma.sync reaches and the second to a third: it is for small problems. Not run on a GPU.
+// Bound: tensor cores; per block and stage bm · bn · 64 flops for (bm + bn) · 64 bytes from L2. Predicted for an H100
+// (mma.sync about 600 Tflop/s, L2 about 28 bytes a clock and multiprocessor): the 128 x 256 tile needs 33 bytes a clock
+// at that rate, 64 x 64 needs 88, so the first should come near 85 % of what mma.sync reaches and the second to a
+// third: it is for small problems. Not run on a GPU.
 #pragma once
 #include "cuda/cu.h"
 #include "cuda/gemm_problem.h"
@@ -16,15 +19,16 @@
 
 namespace effk::cuda {
 
-// Registers: 128 of sums and 48 of fragments in the large one, hence one block of eight warps; shared memory 96 KiB (99 on 8.6, 8.9, 12.0).
+// Registers: 128 of sums and 48 of fragments in the large one, hence one block of eight warps; shared memory 96 KiB (99
+// on 8.6, 8.9, 12.0).
 using LargeTile = MmaShape<128, 256, 64, 64, 4, 1>;
 using MiddleTile = MmaShape<64, 64, 32, 32, 4, 4>;
 using FewRowsTile = MmaShape<16, 64, 16, 16, 8, 4>;  // up to 16 rows: bytes of the weights bound it, so many stages
 
 template <class S>
 constexpr int stage_bytes() { return (S::bm + S::bn) * kTileK * 2; }
-// Results wait for their bias and activation as fp32, 64 rows at a time; eight floats more a row, so that the pairs that a quarter of a
-// warp writes lie in different banks.
+// Results wait for their bias and activation as fp32, 64 rows at a time; eight floats more a row, so that the pairs
+// that a quarter of a warp writes lie in different banks.
 template <class S>
 constexpr int kResultRows = S::bm < 64 ? S::bm : 64;
 template <class S>
@@ -114,7 +118,8 @@ cudaError_t launch_tile(const Gemm& p, cudaStream_t stream) {
   return launch(mma_gemm_kernel<T, S, kAAlongK, kBAlongK>, at, p);
 }
 
-// The tile with the least predicted time: waves of blocks times flops of a tile over the share of the peak that the bytes allow.
+// The tile with the least predicted time: waves of blocks times flops of a tile over the share of the peak that the
+// bytes allow.
 inline int choose_tile(const Gemm& p, int sms) {
   if (p.shape) return p.shape;
   if (p.a_along_k && p.b_along_k && p.m <= FewRowsTile::bm) return 3;

@@ -13,8 +13,8 @@ namespace {
 constexpr int kThreads = 256, kSpan = 1024;
 
 // `span` elements of a row (a multiple of n) through shared memory; a block a span. Bound: bytes in and out.
-// Reading residues out of shared memory, neighbouring threads are n elements apart: with n = 2 halves no conflicts, 4 two, 8 four, 16
-// eight ways (fp32: twice that); 32 threads then write 64 bytes in succession.
+// Reading residues out of shared memory, neighbouring threads are n elements apart: with n = 2 halves no conflicts, 4
+// two, 8 four, 16 eight ways (fp32: twice that); 32 threads then write 64 bytes in succession.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 4) deinterleave_kernel(const T* in, T* out, int64_t length, int n, int span) {
   EFFK_DYN_SMEM(smem);
@@ -53,8 +53,8 @@ struct Side {
   int64_t n, d, tokens;
   bool features;
 
-  // As an operand whose rows are the tokens and whose k are the features of a block: contiguous, or a residue. `by_class` says
-  // what numbers the block. Features first its lines run along the tokens.
+  // As an operand whose rows are the tokens and whose k are the features of a block: contiguous, or a residue.
+  // `by_class` says what numbers the block. Features first its lines run along the tokens.
   Operand tokens_operand(const void* p, bool residue, bool by_class, const void* in_order) const {
     Operand o;
     o.p = residue && in_order && !features ? in_order : p;
@@ -73,7 +73,8 @@ struct Side {
   }
 };
 
-// The linear part in either direction: from the `from` side to the `to` side, weights as rows of k (`straight`) or as columns.
+// The linear part in either direction: from the `from` side to the `to` side, weights as rows of k (`straight`) or as
+// columns.
 struct Linear {
   Side from, to;
   bool gathers, residue;  // n products, or n * n; whether the second half of k is a residue
@@ -130,7 +131,8 @@ Linear gradient_of(const Shape& s) {
   return {out_side(s), in_side(s), gathers, s.kind != Kind::it, false};
 }
 
-// A launch costs about what 16 MiB from L2 do (3 us at 5.5 TB/s: reasoned, to be measured). Emulated, small tests shall meet both ways.
+// A launch costs about what 16 MiB from L2 do (3 us at 5.5 TB/s: reasoned, to be measured). Emulated, small tests shall
+// meet both ways.
 #ifdef EFFK_CUEMU
 constexpr int64_t kWorthBytes = 1 << 12;
 #else

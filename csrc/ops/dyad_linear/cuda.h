@@ -1,11 +1,12 @@
-// CUDA side of dyad_linear: the launch functions of cuda.cu in this folder, free of torch and of CUDA headers. They launch on
-// `stream` of the current device, wait for nothing, allocate nothing, and return a cudaError_t (0: launched).
+// CUDA side of dyad_linear: the launch functions of cuda.cu in this folder, free of torch and of CUDA headers. They
+// launch on `stream` of the current device, wait for nothing, allocate nothing, and return a cudaError_t (0: launched).
 //
 // y = BD(wl) x + (permuted) BD(wu) x of docs and specs as one launch of products (csrc/cuda/gemm.h) over all blocks:
 //
 //   gathering    it forward, ot input gradient: n products, K = 2 sides, the second half of x taken with stride n
-//   scattering   ot, dt forward, it, dt input gradient: n * n products, one for each contiguous block and residue of the outputs, K = 2 sides,
-//                results written with stride n; block d of wl with rows (columns) n apart, block c of wu with rows as they lie
+//   scattering   ot, dt forward, it, dt input gradient: n * n products, one for each contiguous block and residue of
+//                the outputs, K = 2 sides, results written with stride n; block d of wl with rows (columns) n apart,
+//                block c of wu with rows as they lie
 //   weights      2 n products, K = tokens
 // n = 1 gathers in every variant. Sums in fp32: component wl first, k ascending, then wu; then bias.
 #pragma once
@@ -34,8 +35,8 @@ struct Weights {
   uint32_t expected[8] = {};
 };
 
-// Copies in the order of residues (see deinterleave), or null. A residue of a tokens-first array is otherwise gathered by every tile
-// that needs it, which fetches n times its bytes: right for few tokens, far too much for many.
+// Copies in the order of residues (see deinterleave), or null. A residue of a tokens-first array is otherwise gathered
+// by every tile that needs it, which fetches n times its bytes: right for few tokens, far too much for many.
 struct Residues {
   const void *x = nullptr, *gy = nullptr;  // [tokens][n][side]
   const void* wl = nullptr;                // [n * d_out][n][d_in / n]

@@ -1,5 +1,5 @@
-// CUDA binding of the dense_* ops: checks the arguments, allocates, and launches ops/dense_linear/cuda*.cu on the current stream. No
-// call waits for the device.
+// CUDA binding of the dense_* ops: checks the arguments, allocates, and launches ops/dense_linear/cuda*.cu on the
+// current stream. No call waits for the device.
 #include <torch/csrc/stable/accelerator.h>
 
 #include <string>

@@ -1,5 +1,5 @@
-// What the CUDA bindings of dense_linear and dyad_linear share: weights packed on a device (ops/dense_linear/cuda.h), of which only
-// the size can be looked at without waiting for it.
+// What the CUDA bindings of dense_linear and dyad_linear share: weights packed on a device (ops/dense_linear/cuda.h),
+// of which only the size can be looked at without waiting for it.
 #pragma once
 #include <string>
 

@@ -1,5 +1,5 @@
-// CUDA binding of the dyad_* ops: checks the arguments, allocates outputs and copies of residues where those pay, and launches
-// ops/dyad_linear/cuda.cu on the current stream. No call waits for the device.
+// CUDA binding of the dyad_* ops: checks the arguments, allocates outputs and copies of residues where those pay, and
+// launches ops/dyad_linear/cuda.cu on the current stream. No call waits for the device.
 #include "ops/dyad_linear/cuda.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -20,7 +20,8 @@ Tensor output(const Input& in, bool features, int64_t width) {
   return features ? empty({width, in.m}, in.view.dtype, in.view.home) : output_like(in, width);
 }
 
-// Copies of arrays in the order of residues, which live as long as the call: memory given back is reused in the order of the stream.
+// Copies of arrays in the order of residues, which live as long as the call: memory given back is reused in the order
+// of the stream.
 struct Copies {
   const char* op;
   const OnDevice& device;
@@ -134,9 +135,9 @@ Tensor linear_packed(const Tensor& x, const Tensor& packed, int64_t f_out, const
                  {b.data, b.dtype, activation}, device);
 }
 
-// Two launches: a tile of hidden features needs all of the layer ahead, and the widths of these layers exceed shared memory. What is
-// fused: activation and bias, and the copy of the hidden features in the order of residues that the second layer reads. Between the
-// layers they have the type of x.
+// Two launches: a tile of hidden features needs all of the layer ahead, and the widths of these layers exceed shared
+// memory. What is fused: activation and bias, and the copy of the hidden features in the order of residues that the
+// second layer reads. Between the layers they have the type of x.
 Tensor ff(const Tensor& x, const Tensor& packed1, const OptionalTensor& b1, const Tensor& packed2, const OptionalTensor& b2, int64_t f_hidden,
           int64_t f_out, const std::string& act, const std::string& variant) {
   constexpr const char* op = "dyad_ff";
@@ -178,7 +179,8 @@ Tensor to_dense(const Tensor& wl, const Tensor& wu, const std::string& variant) 
   return w;
 }
 
-// The slow path, as for more than 64 rows in wq_linear: the weight is written out in the type of x, then multiplied as DYAD.
+// The slow path, as for more than 64 rows in wq_linear: the weight is written out in the type of x, then multiplied as
+// DYAD.
 Tensor wq_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const OptionalTensor& zeros, const OptionalTensor& codebook,
                  const OptionalTensor& bias, int64_t n_dyad, int64_t f_out, int64_t f_in, int64_t bits, int64_t group_size,
                  const std::string& variant, const std::string& compute) {
