@@ -66,7 +66,7 @@ def judge(rows: Sequence[Row], threads: int) -> Iterator[Verdict]:
     def named(name: str) -> Value:
         return against(lambda r: r.backend == name and (not r.ours or r.isa == tier))
 
-    strongest = against(lambda r: not r.ours and r.backend != torch_bmm.NAME)
+    strongest = against(lambda r: not r.ours and not r.backend.startswith(torch_bmm.NAME))
     ideal = named(OUR_DENSE)
 
     def of_ideal(row: Row) -> float | None:
@@ -98,6 +98,8 @@ def judge(rows: Sequence[Row], threads: int) -> Iterator[Verdict]:
             yield verdict(f"n={n} {dtype}: x strongest dense", least, found, strongest, OP, dtype != "fp32")
             yield verdict(f"n={n} {dtype}: (2/n) of our dense time / time", 1 / MANY_TOKENS, found, of_ideal, OP, True)
         yield verdict(f"n=4 {dtype}: x {torch_bmm.NAME}", BMM[dtype], ours(forward, 4), named(torch_bmm.NAME), OP)
+        name = f"n=4 {dtype}: x {torch_bmm.TOKENS_FIRST}"
+        yield verdict(name, BMM[dtype], ours(forward, 4), named(torch_bmm.TOKENS_FIRST), OP, True)
         name = f"n=4, 8 {dtype}: time of the products of gathered blocks / time"
         yield verdict(name, 1 - TAKING_APART, ours(forward, 4) + ours(forward, 8), named(GATHERED), OP)
         found = ours(training, 4)

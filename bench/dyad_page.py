@@ -39,7 +39,7 @@ def lines(rows: Sequence[Row], op: str) -> Iterator[tuple[str, ...]]:
     mine.sort(key=lambda r: (order[r.kind], layer_sides(r), r.shape["T"], blocks.index(r.shape["n"])))
     for row in mine:
         same = [r for r in here if r.kind == row.kind and r.shape == row.shape and r.valid]
-        dense = [r for r in same if not r.ours and r.backend != torch_bmm.NAME]
+        dense = [r for r in same if not r.ours and not r.backend.startswith(torch_bmm.NAME)]
         torch_us = least(r.us for r in dense if r.backend == torch_dense.NAME)
         best = min(dense, key=lambda r: r.us, default=None)
         f_in, f_out = layer_sides(row)

@@ -79,6 +79,7 @@ def entries(plan: Plan, kind: str) -> list[Entry]:
             ours.append(Entry(dyad_linear.NAME, dyad_linear.VERSION, dyad_linear.two_calls, n, tiers[0], "two calls"))
             ours.append(Entry(dyad_linear.GATHERED, dyad_linear.VERSION, dyad_linear.gathered, n, tiers[0]))
             theirs.append(Entry(torch_bmm.NAME, torch_bmm.VERSION, torch_bmm.function, n, settings="features first"))
+            theirs.append(Entry(torch_bmm.TOKENS_FIRST, torch_bmm.VERSION, torch_bmm.tokens_first, n))
     theirs += [Entry(name, version, function, 0, settings=how) for name, version, function, how in THEIRS]
     return ours + theirs * plan.baselines
 

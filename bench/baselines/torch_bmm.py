@@ -8,6 +8,7 @@ from torch import Tensor
 from ..dyad_problem import FORWARD, TRAINING, Made, Problem
 
 NAME, VERSION = "two torch.bmm", torch.__version__
+TOKENS_FIRST = "two torch.bmm, tokens first"
 
 
 def function(problem: Problem, kind: str, n: int, threads: int) -> Made | None:
@@ -34,3 +35,20 @@ def function(problem: Problem, kind: str, n: int, threads: int) -> Made | None:
         return gx.T, *gw
 
     return Made(step, rounds_parts=True)
+
+
+def tokens_first(problem: Problem, kind: str, n: int, threads: int) -> Made | None:
+    """The same in a model that keeps tokens first: strided views of x, and y put together from the blocks."""
+    if not n or not kind.startswith(FORWARD):
+        return None
+    f_in, f_out, tokens = problem.layer.f_in, problem.layer.f_out, problem.tokens
+    nbytes = 2 * problem.weights(n)[0].numel() * problem.dtype.itemsize
+    copies = [tuple(w.clone() for w in problem.weights(n)) for _ in range(problem.rotation(nbytes))]
+
+    def layer(x: Tensor, wl: Tensor, wu: Tensor) -> Tensor:
+        blocks, residues = x.view(tokens, n, f_in // n).transpose(0, 1), x.view(tokens, f_in // n, n).permute(2, 0, 1)
+        y = torch.bmm(blocks, wl.mT) + torch.bmm(residues, wu.mT)
+        return y.transpose(0, 1).reshape(tokens, f_out)
+
+    xs = problem.inputs
+    return Made(lambda i: (layer(xs[i % len(xs)], *copies[i % len(copies)]),), rounds_parts=True)
