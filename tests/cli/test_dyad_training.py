@@ -40,6 +40,7 @@ def test_all_models_start_from_the_same_numbers() -> None:
     assert all(torch.equal(dyad[name], again[name]) for name in dyad)
 
 
+@pytest.mark.slow
 def test_compiling_changes_nothing_but_rounding() -> None:
     settings = Settings(**{**TINY.__dict__, "steps": 4, "blocks": 1, "blocks_per_component": (4,)})
     plain, compiled = run(settings), run(settings, compiled=True)
