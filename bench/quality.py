@@ -18,7 +18,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import torch
 import typer
@@ -220,7 +220,13 @@ def bars(rows: dict[str, Row]) -> list[tuple[str, str, bool]]:
         ours, rtn = f"llm-mq-{budget}.0", f"rtn{budget}"
         if ours in rows and rtn in rows:
             ratio = rows[ours]["rise"] / rows[rtn]["rise"]
-            found.append((f"rise at {budget}.0 bits over that of {budget}-bit RTN <= {share:.0%}", f"{ratio:.1%}", ratio <= share))
+            found.append(
+                (
+                    f"rise at {budget}.0 bits over that of {budget}-bit RTN <= {share:.0%}",
+                    f"{ratio:.1%}",
+                    ratio <= share,
+                )
+            )
             more = rows[ours]["true_bits"] / rows[rtn]["true_bits"] - 1
             found.append((f"true bits at {budget}.0 over {budget}-bit RTN <= +10 %", f"{more:+.1%}", more <= 0.10))
     for budget in RANDOM_BUDGETS:
@@ -265,7 +271,14 @@ def show(rows: dict[str, Row]) -> None:
     """Print the table and the bars."""
     table = Table("row", "nominal bits", "true bits", "perplexity", "rise (nats)", "ratio", "seconds")
     for name, row in rows.items():
-        cells = [("nominal_bits", ".2f"), ("true_bits", ".3f"), ("perplexity", ".2f"), ("rise", ".4f"), ("ratio", ".1%"), ("seconds", ".0f")]
+        cells = [
+            ("nominal_bits", ".2f"),
+            ("true_bits", ".3f"),
+            ("perplexity", ".2f"),
+            ("rise", ".4f"),
+            ("ratio", ".1%"),
+            ("seconds", ".0f"),
+        ]
         table.add_row(name, *(format(row[key], form) if key in row else "" for key, form in cells))
     console.print(table)
     for bar, measured, met in bars(rows):
@@ -276,10 +289,12 @@ def show(rows: dict[str, Row]) -> None:
 def main(
     rows: Annotated[str, typer.Option(help="Rows to measure, with commas; 'all', or a prefix ending in *.")] = "all",
     json_file: Annotated[Path, typer.Option("--json", help="Where rows are kept and added to.")] = RESULTS,
-    plan: Annotated[Optional[Path], typer.Option(help="Plan with scores; default: beside the JSON file.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan with scores; default: beside the JSON file.")] = None,
     again: Annotated[bool, typer.Option(help="Measure rows that the file has already.")] = False,
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
-    kernels: Annotated[bool, typer.Option(help="Evaluate the compressed modules, not the dequantised weights.")] = False,
+    kernels: Annotated[
+        bool, typer.Option(help="Evaluate the compressed modules, not the dequantised weights.")
+    ] = False,
 ) -> None:
     """Measures rows of the quality table, prints it, and judges the bars."""
     torch.set_num_threads(threads)

@@ -120,6 +120,8 @@ def test_exports_are_few() -> None:
     ours = {name.split("(")[0] for name in exported if name.startswith("effk::")}
     linked = {f"effk::isa::{f}" for f in ("name", "parse", "detected", "detected_bf16", "active", "has_bf16", "force",
                                           "environment_error")}  # fmt: skip
-    linked |= {f"effk::{family}::kKernel{what}" for family in ("wq", "fft", "depthwise", "gemm") for what in ("s", "Count")}
+    linked |= {
+        f"effk::{family}::kKernel{what}" for family in ("wq", "fft", "depthwise", "gemm") for what in ("s", "Count")
+    }
     linked |= {"effk::fft::describe[abi:cxx11]", "effk::fftconv_spec_floats"}
     assert ours <= linked

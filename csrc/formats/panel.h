@@ -1,6 +1,6 @@
 // panel: packed weights of dense_linear and dyad_linear, the same for every CPU tier. Version 1.
 //
-//   bytes [0, 64)   header: struct Header, little endian
+//   bytes [0, 64)   header: struct Header, little endian, zeros behind it; its checksum is FNV-1a of the 40 bytes before it
 //   then            [matrix][tile][k][16 columns]
 //
 // A matrix B[K, N] multiplies rows of activations from the right: column o is output o. Tiles hold 16 columns, K-major, so
@@ -48,18 +48,31 @@ struct Header {
   uint32_t magic, version;
   int32_t kind, dtype;
   int64_t n, d_out, d_in;
+  uint64_t checksum;
 };
-static_assert(sizeof(Header) <= kHeaderBytes, "header");
+static_assert(sizeof(Header) == 48 && sizeof(Header) <= kHeaderBytes, "header");
 
+static inline uint64_t checksum(const uint8_t* header) {
+  uint64_t hash = 0xcbf29ce484222325;
+  for (size_t i = 0; i < offsetof(Header, checksum); ++i) hash = (hash ^ header[i]) * 0x100000001b3;
+  return hash;
+}
 static inline void write_header(const Shape& s, uint8_t* to) {
-  const Header h{kMagic, kVersion, int32_t(s.kind), int32_t(s.dtype), s.n, s.d_out, s.d_in};
+  Header h{kMagic, kVersion, int32_t(s.kind), int32_t(s.dtype), s.n, s.d_out, s.d_in, 0};
   std::memset(to, 0, kHeaderBytes);
+  std::memcpy(to, &h, sizeof h);
+  h.checksum = checksum(to);
   std::memcpy(to, &h, sizeof h);
 }
 static inline Header read_header(const uint8_t* from) {
   Header h;
   std::memcpy(&h, from, sizeof h);
   return h;
+}
+static inline bool intact(const uint8_t* from) {
+  for (int64_t i = sizeof(Header); i < kHeaderBytes; ++i)
+    if (from[i]) return false;
+  return read_header(from).checksum == checksum(from);
 }
 
 // Byte offset, behind the header, of (matrix, part, k inside the part, column).

@@ -98,7 +98,7 @@ inline panel::Shape read_panels(const Arg& arg, const View& packed, panel::Kind 
   if (h.kind != int32_t(kind)) arg.fail(std::string("panels of variant '") + kind_name(int(kind)) + "'", std::string("'") + kind_name(h.kind) + "'");
   const bool sane = h.dtype >= 0 && h.dtype <= 2 && h.n >= 1 && h.d_out >= 1 && h.d_in >= 1 && h.n <= kMaxSide && h.d_out <= kMaxSide / h.n &&
                     h.d_in <= kMaxSide / h.n && (kind != panel::Kind::dense || h.n == 1);
-  if (!sane) arg.fail("a header with valid sizes", "a damaged one");
+  if (!sane || !panel::intact(packed.data<uint8_t>())) arg.fail("a header with valid sizes", "a damaged one");
   const panel::Shape s{kind, DType(h.dtype), h.n, h.d_out, h.d_in};
   if (s.n * s.d_out != f_out) arg.fail("panels of f_out = " + std::to_string(f_out), std::to_string(s.n * s.d_out));
   if (f_in >= 0 && s.n * s.d_in != f_in) arg.fail("panels of f_in = " + std::to_string(f_in), std::to_string(s.n * s.d_in));

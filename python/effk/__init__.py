@@ -18,7 +18,6 @@ import torch
 torch.ops.load_library(Path(__file__).parent / "effk_ops.so")
 
 from . import isa, ops  # noqa: E402  (both need the library)
-
 from .hub import load, save  # noqa: E402
 from .hub.late_registration import register_with_transformers  # noqa: E402
 

@@ -178,7 +178,9 @@ def test_a_plan_reallocated_is_the_plan_made() -> None:
     assert again.diff(make_plan(small_model("llama"), recipe, batches)) == {}
     assert again.to_json() == Plan.from_json(again.to_json()).to_json()
     with pytest.raises(ValueError, match="expected 6 scores, got 3"):
-        reallocate(plan, LlmMq(bits=3.0, outlier_variants=True, outlier_bits=(2, 3, 4)), find_layers(small_model("llama"))[0])
+        reallocate(
+            plan, LlmMq(bits=3.0, outlier_variants=True, outlier_bits=(2, 3, 4)), find_layers(small_model("llama"))[0]
+        )
 
 
 def test_plan_then_compress_equals_compress() -> None:
@@ -219,7 +221,12 @@ def test_options_work(changes: dict) -> None:
 
 def test_paper_settings() -> None:
     recipe = LlmMq.paper(2.6)
-    assert (recipe.score, recipe.outlier_by, recipe.group_size, recipe.second_order) == ("first_order", "magnitude", 128, False)
+    assert (recipe.score, recipe.outlier_by, recipe.group_size, recipe.second_order) == (
+        "first_order",
+        "magnitude",
+        128,
+        False,
+    )
     report = compress(small_model("llama"), recipe, token_batches(4))
     assert {entry.bits for entry in report.layers.values()} <= {2, 3, 4}
 

@@ -72,7 +72,9 @@ def test_blocks_come_last_first_and_the_model_is_untouched() -> None:
     model, batches = small_model("llama"), token_batches()
     layers, _ = find_layers(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    order = [next(iter(probes)).split(".")[2] for probes in stream_gradients(model, [x for x in layers if x.block], batches)]
+    order = [
+        next(iter(probes)).split(".")[2] for probes in stream_gradients(model, [x for x in layers if x.block], batches)
+    ]
     assert order == sorted(order, key=int, reverse=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -91,7 +93,11 @@ def test_first_order_predicts_a_small_change_of_the_loss() -> None:
     def loss() -> float:
         with torch.no_grad():
             return sum(
-                float(cross_entropy(model(ids).logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="sum"))
+                float(
+                    cross_entropy(
+                        model(ids).logits[:, :-1].flatten(0, 1).double(), ids[:, 1:].flatten(), reduction="sum"
+                    )
+                )
                 for ids in batches
             )
 

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from .calibrate import Block
 from .layers import Layer
 
-_TOLERANCE = 0.05  # relative change of a block's contribution: room for bf16 weights (2^-9 each), far below a wrong fold
+_TOLERANCE = (
+    0.05  # relative change of a block's contribution: room for bf16 weights (2^-9 each), far below a wrong fold
+)
 # Norms whose output is linear in ``weight`` (and ``bias``); Gemma's multiplies by 1 + weight and is left out.
 _NORMS = ("LayerNorm", "LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm", "RMSNorm")
 _PAIRS = (

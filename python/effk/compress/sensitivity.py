@@ -102,9 +102,7 @@ def make_monotone(scores: Sequence[float]) -> list[float]:
     return result
 
 
-def stream_gradients(
-    model: nn.Module, layers: Sequence[Layer], calib: Sequence[Tensor]
-) -> Iterator[dict[str, Probe]]:
+def stream_gradients(model: nn.Module, layers: Sequence[Layer], calib: Sequence[Tensor]) -> Iterator[dict[str, Probe]]:
     """Yield ``{layer name: Probe}`` for every block, from the last to the first. The model is not changed.
 
     Args:
@@ -158,7 +156,7 @@ def _backward(block: Block, members: Sequence[Layer], gradients: list[Tensor]) -
             for layer in members:
 
                 def watch(module: nn.Module, args: tuple[Tensor, ...], output: Tensor, name: str = layer.name) -> None:
-                    seen[name] = (args[0].detach(), output)
+                    seen[name] = (args[0].detach(), output)  # noqa: B023 -- called within this turn
 
                 hooks.callback(layer.module.register_forward_hook(watch).remove)
             leaf = hidden.detach().requires_grad_()
@@ -174,7 +172,9 @@ def _backward(block: Block, members: Sequence[Layer], gradients: list[Tensor]) -
             x = seen[first][0]
             xs[group].append(x.reshape(sequences, -1, x.shape[-1]))
     inputs = {group: torch.cat(parts).float() for group, parts in xs.items()}
-    return {layer.name: Probe(inputs[layer.input_group], torch.cat(dys[layer.name]).float()) for layer in members}, below
+    return {
+        layer.name: Probe(inputs[layer.input_group], torch.cat(dys[layer.name]).float()) for layer in members
+    }, below
 
 
 def _by_sequence(t: Tensor, hidden: Tensor) -> Tensor:

@@ -24,7 +24,9 @@ def output_error(weight: Tensor, restored: Tensor, hessian: Tensor) -> float:
     return float(((change @ hessian.double()) * change).sum())
 
 
-def plain_gptq(weight: Tensor, hessian: Tensor, grid: Grid, bits: int, group: int, damping: float, order: Tensor) -> Tensor:
+def plain_gptq(
+    weight: Tensor, hessian: Tensor, grid: Grid, bits: int, group: int, damping: float, order: Tensor
+) -> Tensor:
     """The recursion as in the paper, one column at a time with an explicit inverse that shrinks, in float64."""
     n, k = weight.shape
     h = hessian.double() + damping * hessian.diagonal().mean().double() * torch.eye(k, dtype=torch.float64)

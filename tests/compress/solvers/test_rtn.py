@@ -131,7 +131,9 @@ def test_importance_lowers_the_error_that_it_weighs() -> None:
             restored = decode(encode(weight, grid, 3, 64, mode=mode), grid, 3, 64)
             return float(((restored - weight).square() * importance).sum())
 
-        assert cost(search_grid(weight, 3, 64, mode, importance=importance)) < 0.8 * cost(search_grid(weight, 3, 64, mode))
+        assert cost(search_grid(weight, 3, 64, mode, importance=importance)) < 0.8 * cost(
+            search_grid(weight, 3, 64, mode)
+        )
 
 
 def test_scales_outside_the_range_of_fp16_are_fp32() -> None:

@@ -228,10 +228,16 @@ class LlmMqHandler(Handler):
     def prepare(self, context: Context, plan: Plan | None) -> None:
         inside = [layer for layer in context.layers if layer.block is not None]
         check_affine(plan, context.recipe.name)
-        if outside := [layer.name for layer in context.layers if layer.block is None and plan and layer.name in plan.layers]:
-            raise ValueError(f"plan: expected layers inside transformer blocks, where inputs are collected, got {outside}")
+        if outside := [
+            layer.name for layer in context.layers if layer.block is None and plan and layer.name in plan.layers
+        ]:
+            raise ValueError(
+                f"plan: expected layers inside transformer blocks, where inputs are collected, got {outside}"
+            )
         if plan is None:  # refuses a budget that nothing can meet before the model is touched
-            plan_from_scores(context, {a.name: [0.0] * len(choices_of(context.recipe.for_layer(a.name))) for a in inside})
+            plan_from_scores(
+                context, {a.name: [0.0] * len(choices_of(context.recipe.for_layer(a.name))) for a in inside}
+            )
         if context.recipe.scaling:
             _scale_channels(context, inside, None if plan is None else plan.notes.get("scaling") or None)
         if context.recipe.outlier_by == "fisher":
@@ -323,9 +329,7 @@ def _score_choices(context: Context, layer: Layer, recipe: LlmMq, probe: Probe, 
     return scores
 
 
-def _steps(
-    layer: Layer, recipe: LlmMq, bits: int, group_size: int, outliers: float, mode: str, sweeps: int
-) -> Steps:
+def _steps(layer: Layer, recipe: LlmMq, bits: int, group_size: int, outliers: float, mode: str, sweeps: int) -> Steps:
     return Steps(
         bits=bits,
         group_size=group_size,

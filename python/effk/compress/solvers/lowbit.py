@@ -1,8 +1,8 @@
 """One linear layer to one :class:`WqWeight`: the steps that all calibrated methods share, in their order.
 
 1. Follow the drift: earlier layers are compressed already, so the layer reads x instead of x_ref. The weight that best
-   gives the old outputs from the new inputs is ``W + W C (H + ridge)^-1``, ``C = sum (x_ref - x)^T x``. Taking a part of that step
-   avoids fitting the calibration text (in the spirit of Li et al., "GPTAQ", 2025, who fold it into the rounding).
+   gives the old outputs from the new inputs is ``W + W C (H + ridge)^-1``, ``C = sum (x_ref - x)^T x``. Taking a part
+   of that step avoids fitting the calibration text (in the spirit of Li et al., "GPTAQ", 2025, who fold it into the rounding).
 2. Set outliers apart. 3. Search the grid, errors weighted by ``H_kk``. 4. Round: to nearest, or second order.
 5. Refine scales and codes under the full Hessian.
 """
@@ -72,7 +72,9 @@ def compress_weight(weight: Tensor, steps: Steps, inputs: Inputs | None, salienc
         ValueError: a step needs ``inputs``, or a step's arguments are not legal.
     """
     if inputs is None and (steps.second_order or steps.sweeps):
-        raise ValueError("compress_weight: inputs: expected a Hessian for second-order rounding and refinement, got None")
+        raise ValueError(
+            "compress_weight: inputs: expected a Hessian for second-order rounding and refinement, got None"
+        )
     bits, group_size = steps.bits, steps.group_size
     mask = select_outliers(weight, steps.outliers, saliency) if steps.outliers else None
     importance = None if inputs is None else inputs.diagonal

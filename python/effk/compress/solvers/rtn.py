@@ -171,7 +171,12 @@ def _search(w: Tensor, kept: Tensor, cost: Tensor, bits: int, mode: str, quick: 
 
 
 def _best(
-    w: Tensor, cost: Tensor, candidate: Callable[[Tensor], tuple[Tensor, Tensor]], steps: Tensor, top: float, quick: bool
+    w: Tensor,
+    cost: Tensor,
+    candidate: Callable[[Tensor], tuple[Tensor, Tensor]],
+    steps: Tensor,
+    top: float,
+    quick: bool,
 ) -> tuple[Tensor, Tensor]:
     """The candidate (scale, zero) of least error for every group; the first of equals.
 
@@ -230,7 +235,9 @@ def _as_float(grid: Grid, bits: int) -> tuple[Tensor, Tensor]:
     return scales, zeros
 
 
-def _grouped(w: Tensor, group_size: int, mask: Tensor | None, importance: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _grouped(
+    w: Tensor, group_size: int, mask: Tensor | None, importance: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Weight, kept flags and error weights as ``[N, groups, G]``; a short last group is filled with excluded zeros."""
     n, k = w.shape
     width = group_size or k
