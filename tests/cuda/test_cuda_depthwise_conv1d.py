@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import effk
+from cuda_backend import ORDERS, Backend, offered
 from effk.ops import depthwise_conv1d as dw
 
-EMULATION = Path(effk.__file__).parent / "effk_emu.so"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 # L, K, pad_left, pad_right, B, H; every second one with an even number of channels, which layout blh takes in pairs
@@ -30,28 +26,9 @@ SHAPES = [
 ]
 
 
-class Backend:
-    def __init__(self, name: str) -> None:
-        self.device = "cuda" if name == "gpu" else "cpu"
-        if name != "gpu":
-            torch.ops.load_library(EMULATION)
-        self.ops: Any = torch.ops.effk if name == "gpu" else torch.ops.effk_emu
-
-    def move(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        return [None if t is None else t.to(self.device) for t in tensors]
-
-
-@pytest.fixture(params=["fwd", "rev", "7", "gpu"])
+@pytest.fixture(params=ORDERS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        yield Backend("gpu")
-        return
-    if "EFFK_TEST_GPU_ONLY" in os.environ or not EMULATION.exists():
-        pytest.skip("the emulated kernels were not built (an editable install with nvcc builds them)")
-    monkeypatch.setenv("CUEMU_ORDER", request.param)
-    yield Backend("emulated")
+    yield from offered(request.param, monkeypatch, Backend)
 
 
 def check(got: Tensor, expected: Tensor, magnitude: Tensor, terms: int, text: str) -> None:

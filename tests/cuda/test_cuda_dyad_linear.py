@@ -6,21 +6,17 @@ The oracle is the dense matrix, put together from the table of rows and columns 
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import effk
+from cuda_backend import ORDERS, Backend, offered
 from effk.ops import wq_linear as wq
 from wq_cases import random_weight
 
-EMULATION = Path(effk.__file__).parent / "effk_emu.so"
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
 NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -36,28 +32,9 @@ ACTS = {
 SHAPES = [(4, 24, 16, 5), (4, 24, 40, 66), (3, 8, 11, 17), (8, 16, 24, 20), (1, 33, 20, 3), (2, 1, 3, 1)]
 
 
-class Backend:
-    def __init__(self, name: str) -> None:
-        self.device = "cuda" if name == "gpu" else "cpu"
-        if name != "gpu":
-            torch.ops.load_library(EMULATION)
-        self.ops: Any = torch.ops.effk if name == "gpu" else torch.ops.effk_emu
-
-    def move(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        return [None if t is None else t.to(self.device) for t in tensors]
-
-
-@pytest.fixture(params=["fwd", "rev", "7", "gpu"])
+@pytest.fixture(params=ORDERS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        yield Backend("gpu")
-        return
-    if "EFFK_TEST_GPU_ONLY" in os.environ or not EMULATION.exists():
-        pytest.skip("the emulated kernels were not built (an editable install with nvcc builds them)")
-    monkeypatch.setenv("CUEMU_ORDER", request.param)
-    yield Backend("emulated")
+    yield from offered(request.param, monkeypatch, Backend)
 
 
 def places(n: int, d_out: int, d_in: int, variant: str) -> list[tuple[Tensor, Tensor]]:

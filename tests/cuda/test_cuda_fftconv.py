@@ -9,19 +9,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import effk
+import cuda_backend
+from cuda_backend import ORDERS, offered
 from effk.ops import fftconv
 
-EMULATION = Path(effk.__file__).parent / "effk_emu.so"
 ALL = os.environ.get("EFFK_TEST_ALL") == "1"
-ORDERS = ["fwd", "rev", "7", "gpu"]
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 DTYPES = (F16, BF16, F32)
 # fp16 and bf16 rows are transformed in fp16 with fp32 sums: about 2^-12 a rounding, eight of them in a convolution, and one
@@ -30,18 +27,7 @@ BOUND = {F16: 2e-3, BF16: 6e-3, F32: 1e-6}
 SINGLE_KERNEL = [256, 512, 1024, 2048, 4096, 8192, 16384, 32768]  # complex points
 
 
-class Backend:
-    """Where the ops live and where their tensors must be."""
-
-    def __init__(self, name: str) -> None:
-        self.device = "cuda" if name == "gpu" else "cpu"
-        if name != "gpu":
-            torch.ops.load_library(EMULATION)
-        self.ops: Any = torch.ops.effk if name == "gpu" else torch.ops.effk_emu
-
-    def move(self, *tensors: Tensor | None) -> list[Tensor | None]:
-        return [None if t is None else t.to(self.device) for t in tensors]
-
+class Backend(cuda_backend.Backend):
     def prepare(self, k: Tensor, n_fft: int, mode: str = "causal", scheme: str = "auto") -> Tensor:
         return self.ops.fftconv_prepare(k.to(self.device), n_fft, mode, scheme)
 
@@ -110,16 +96,7 @@ def close(got: Tensor, expected: Tensor, bound: float, text: str) -> None:
 
 @pytest.fixture(params=ORDERS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Backend]:
-    """A GPU, or the emulation in one of three orders of threads."""
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        yield Backend("gpu")
-        return
-    if "EFFK_TEST_GPU_ONLY" in os.environ or not EMULATION.exists():
-        pytest.skip("the emulated kernels were not built (an editable install with nvcc builds them)")
-    monkeypatch.setenv("CUEMU_ORDER", request.param)
-    yield Backend("emulated")
+    yield from offered(request.param, monkeypatch, Backend)
 
 
 def sizes_of(mode: str, points: int) -> tuple[int, int, int]:
