@@ -22,6 +22,12 @@ def tier(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """Each test draws the same random numbers in whatever order and process it runs."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """The problems are small: waking a second thread costs more than it brings, and on a busy machine much more.
 
