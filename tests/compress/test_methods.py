@@ -56,6 +56,28 @@ def test_weighted_rtn_lowers_the_output_error_of_the_first_layer() -> None:
     assert errors[1] < errors[0]
 
 
+def test_second_order_rtn_lowers_the_output_error() -> None:
+    batches, name = token_batches(4), "model.layers.0.self_attn.v_proj"
+    errors = []
+    for second in (False, True):
+        model, x = small_model("llama"), []
+        hook = model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, x=x: x.append(args[0].flatten(0, -2))
+        )
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+        hook.remove()
+        inputs, before = torch.cat(x), model.get_submodule(name).weight.detach().clone()
+        report = compress(model, Rtn(bits=2, group_size=32, mode="clip", second_order=second), batches)
+        assert (report.layers[name].output_error is not None) == second
+        change = model.get_submodule(name).to_weight().dequantize() - before
+        errors.append(float((inputs @ change.t()).norm()))
+    assert errors[1] < 0.8 * errors[0]
+    report = compress(small_model("mistral"), Rtn(bits=4, second_order=True, ignore=()), batches)
+    assert report.layers["lm_head"].output_error is None, "no inputs are collected there"
+
+
 @pytest.mark.parametrize(
     ("kind", "expected"), [("gauss", (0.939, 0.932, 0.922, 0.908)), ("struct", (0.836, 0.776, 0.791, 0.810))]
 )

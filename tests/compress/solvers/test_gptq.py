@@ -8,7 +8,7 @@ from torch import Tensor
 
 from effk.compress.solvers.gptq import factorize, gptq
 from effk.compress.solvers.refine import descend, fit_scales, refine
-from effk.compress.solvers.rtn import Grid, decode, encode, search_grid
+from effk.compress.solvers.rtn import Grid, decode, encode, row_scales, search_grid
 
 
 def correlated_problem(n: int = 48, k: int = 160, tokens: int = 600, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -182,3 +182,210 @@ def test_shapes_must_fit() -> None:
     grid = search_grid(weight, 3, 32, "mse")
     with pytest.raises(ValueError, match="expected a Hessian of 96 columns"):
         gptq(weight[:, :96], factorize(hessian), grid, 3, 32)
+
+
+# Outlier columns
+
+
+def row_grid(weight: Tensor, bits: int, outliers: Tensor, clip: bool = True) -> Grid:
+    base = torch.ones(weight.shape[1], dtype=torch.bool)
+    base[outliers] = False
+    return Grid(row_scales(weight[:, base], bits, clip=clip).unsqueeze(1), None)
+
+
+def with_columns(codes: Tensor, grid: Grid, bits: int, outliers: Tensor, values: Tensor) -> Tensor:
+    restored = decode(codes, grid, bits, 0)
+    restored[:, outliers] = values[:, outliers]
+    return restored
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_outlier_columns_come_last_and_are_compensated(act_order: bool) -> None:
+    weight, hessian = correlated_problem()
+    outliers = torch.tensor([17, 0, 34, 153])
+    grid = row_grid(weight, 4, outliers)
+    factor = factorize(hessian, act_order=act_order, last=outliers)
+    assert torch.equal(factor.order[-4:], outliers) and torch.equal(factor.order.sort().values, torch.arange(160))
+    codes, values = gptq(weight, factor, grid, 4, 0)
+    assert bool((codes[:, outliers] == 8).all()), "the code of zero"
+    moved = (values - weight)[:, outliers].abs().amax(0)
+    assert bool((moved > 0).all()), "the stored columns are the updated ones"
+    with_compensation = output_error(weight, with_columns(codes, grid, 4, outliers, values), hessian)
+    without = output_error(weight, with_columns(codes, grid, 4, outliers, weight), hessian)
+    assert with_compensation < without
+
+
+def test_outlier_columns_follow_the_recursion() -> None:
+    """The values of least damped error for the codes that were found: the gradient with respect to them is zero."""
+    weight, hessian = correlated_problem(n=8)
+    outliers = torch.tensor([3, 51, 119])
+    factor = factorize(hessian, last=outliers)
+    grid = row_grid(weight, 3, outliers)
+    codes, values = gptq(weight, factor, grid, 3, 0)
+    damped = hessian.double() + factor.damping * hessian.diagonal().mean().double() * torch.eye(160)
+    slope = (with_columns(codes, grid, 3, outliers, values) - weight).double() @ damped
+    untouched = (with_columns(codes, grid, 3, outliers, weight) - weight).double() @ damped
+    assert float(slope[:, outliers].norm()) < 1e-3 * float(untouched[:, outliers].norm())
+
+
+def test_a_dead_outlier_column_keeps_its_values() -> None:
+    weight, hessian = correlated_problem()
+    outliers = torch.tensor([5, 60])
+    hessian[5, :], hessian[:, 5] = 0.0, 0.0
+    _, values = gptq(weight, factorize(hessian, last=outliers), row_grid(weight, 4, outliers), 4, 0)
+    assert torch.equal(values[:, 5], weight[:, 5]), "never zeroed"
+    assert not torch.equal(values[:, 60], weight[:, 60])
+
+
+def test_outlier_columns_lower_the_error_of_large_inputs() -> None:
+    """32 of 512 columns scaled by 60, activations rounded to 4 bits a row: below 0.02 with them apart, else above 0.2."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 512, generator=generator)
+    outliers = torch.randperm(512, generator=generator)[:32].sort().values
+    x[:, outliers] *= 60
+    weight = torch.randn(64, 512, generator=generator)
+    expected = x @ weight.t()
+    found = []
+    for last in (outliers, outliers[:0]):
+        base = torch.ones(512, dtype=torch.bool)
+        base[last] = False
+        part = x[:, base]
+        low, high = part.amin(1, keepdim=True), part.amax(1, keepdim=True)
+        step = (high - low) / 15
+        seen = x.clone()
+        seen[:, base] = torch.round((part - low) / step) * step + low
+        grid = row_grid(weight, 4, last)
+        codes, values = gptq(weight, factorize(x.t() @ x, last=last), grid, 4, 0)
+        restored = with_columns(codes, grid, 4, last, values)
+        found.append(float((seen @ restored.t() - expected).norm() / expected.norm()))
+    assert found[0] < 0.02 and found[1] > 0.2
+
+
+def test_no_column_to_round() -> None:
+    weight, hessian = correlated_problem(n=4, k=8)
+    codes, values = gptq(weight, factorize(hessian, last=torch.arange(8)), row_grid(weight, 4, torch.arange(8)), 4, 0)
+    assert torch.equal(values, weight) and bool((codes == 8).all())
+
+
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [([3, 3], "expected 2 distinct columns, got 1"), ([160], r"in \[0, 160\), got 160..160"), ([-1], "got -1..-1")],
+)
+def test_bad_outlier_columns(last: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        factorize(correlated_problem()[1], last=torch.tensor(last))
+
+
+# Eight bits and the clipping search
+
+
+def test_eight_bits_are_no_worse_than_round_to_nearest() -> None:
+    weight, hessian = correlated_problem()
+    none = torch.empty(0, dtype=torch.int64)
+    grid = row_grid(weight, 8, none, clip=False)
+    nearest = output_error(weight, decode(encode(weight, grid, 8, 0), grid, 8, 0), hessian)
+    codes, _ = gptq(weight, factorize(hessian, last=none), grid, 8, 0)
+    assert output_error(weight, decode(codes, grid, 8, 0), hessian) < nearest
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_clipping_search(bits: int) -> None:
+    """The definition in float64: 80 factors, exponent 2.4, ties to the larger; and never worse than no clipping."""
+    weight = torch.randn(40, 300, generator=torch.Generator().manual_seed(1))
+    weight[0] = 0.0
+    weight[1, 5] = 40.0  # an extreme that is worth clipping at 4 bits
+    weight[2] = torch.tensor([7.0, -7.0, 1.0, 0.0]).repeat(75)  # exact at p = 1: nothing smaller may win
+    most = 2.0 ** (bits - 1) - 1
+    rows, amax = weight.double(), weight.double().abs().amax(1)
+
+    def objective(scale: Tensor) -> Tensor:
+        step = torch.where(scale == 0, 1.0, scale)[:, None]
+        return (((rows / step).round().clamp(-most - 1, most) * step - rows).abs() ** 2.4).sum(1)
+
+    errors = torch.stack([objective((1 - i / 100) * amax / most) for i in range(80)])
+    found, plain = row_scales(weight, bits), row_scales(weight, bits, clip=False)
+    assert torch.allclose(plain[1:].double(), amax[1:] / most, rtol=2**-22) and float(plain[0]) == 1.0
+    assert bool((objective(found.double()) <= objective(plain.double()) * (1 + 1e-5)).all())
+    # fp32 may prefer a neighbour whose error is the same to rounding: sums of 300 terms, each to a few 2^-24.
+    assert torch.allclose(objective(found.double())[1:], errors.amin(0)[1:], rtol=300 * 2**-22, atol=1e-9)
+    assert float(found[2]) == float(plain[2]) if bits == 4 else True
+    assert bits == 8 or float(found[1]) < float(plain[1])
+
+
+# Joint pruning
+
+
+def units(codes: Tensor, outliers: Tensor, bits: int, unit: int) -> Tensor:
+    base = torch.ones(codes.shape[1], dtype=torch.bool)
+    base[outliers] = False
+    return (codes[:, base] != 2 ** (bits - 1)).reshape(len(codes), -1, unit)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize(("pattern", "unit"), [("2:4", 4), ("pair4:8", 8)])
+def test_pruned_weights_keep_the_pattern(pattern: str, unit: int, act_order: bool) -> None:
+    weight, hessian = correlated_problem(k=168)
+    outliers = torch.tensor([2, 17, 34, 51, 68, 85, 100, 167])
+    factor = factorize(hessian, act_order=act_order, last=outliers, pattern=pattern)
+    codes, values = gptq(weight, factor, row_grid(weight, 4, outliers), 4, 0, pattern=pattern)
+    there = units(codes, outliers, 4, unit)
+    if pattern == "pair4:8":
+        there = there.reshape(*there.shape[:2], 4, 2).any(-1)
+    assert int(there.sum(-1).max()) == 2 and float(there.float().mean()) > 0.4, "half stays, and half is used"
+    assert not torch.equal(values[:, outliers], weight[:, outliers])
+
+
+def plain_sparsegpt(weight: Tensor, hessian: Tensor, scale: Tensor, factor_order: Tensor, damping: float) -> Tensor:
+    """2:4 with the shrinking explicit inverse in float64: the mask of a unit is chosen when it is reached."""
+    h = hessian.double() + damping * hessian.diagonal().mean().double() * torch.eye(len(hessian), dtype=torch.float64)
+    inverse = torch.linalg.inv(h[factor_order][:, factor_order])
+    w, out = weight.double()[:, factor_order].clone(), torch.zeros_like(weight, dtype=torch.float64)
+    for j in range(w.shape[1]):
+        if j % 4 == 0:
+            # U_ii^2 of the unit's columns: the i-th pivot of the inverse that is left once those before it are gone.
+            pivots, left = [], inverse.clone()
+            for i in range(j, j + 4):
+                pivots.append(left[i, i].clone())
+                left = left - left[:, i : i + 1] @ left[i : i + 1] / left[i, i]
+            gone = torch.zeros(len(w), 4, dtype=torch.bool)
+            score = w[:, j : j + 4] ** 2 / torch.stack(pivots)
+            gone.scatter_(1, score.argsort(1)[:, :2], True)
+        value = (w[:, j] / scale).round().clamp(-8, 7) * scale
+        value = torch.where(gone[:, j % 4], 0.0, value)
+        out[:, factor_order[j]] = value
+        w[:, j:] -= ((w[:, j] - value) / inverse[j, j])[:, None] * inverse[j, j:]
+        inverse = inverse - inverse[:, j : j + 1] @ inverse[j : j + 1] / inverse[j, j]
+    return out
+
+
+def test_pruning_follows_the_recursion() -> None:
+    weight, hessian = correlated_problem(n=32, k=136)
+    factor = factorize(hessian, pattern="2:4")
+    grid = row_grid(weight, 4, torch.empty(0, dtype=torch.int64))
+    codes, _ = gptq(weight, factor, grid, 4, 0, pattern="2:4")
+    expected = plain_sparsegpt(weight, hessian, grid.scales[:, 0].double(), factor.order, factor.damping)
+    got = decode(codes, grid, 4, 0).double()
+    # As above: fp32 against float64 decides single ties differently, and what follows them.
+    assert float(((got == 0) != (expected == 0)).double().mean()) < 0.02
+    assert output_error(weight, got, hessian) == pytest.approx(output_error(weight, expected, hessian), rel=0.02)
+
+
+def test_joint_pruning_beats_pruning_what_is_quantised() -> None:
+    weight, hessian = correlated_problem()
+    grid = row_grid(weight, 4, torch.empty(0, dtype=torch.int64))
+    joint, _ = gptq(weight, factorize(hessian, pattern="2:4"), grid, 4, 0, pattern="2:4")
+    dense = decode(gptq(weight, factorize(hessian), grid, 4, 0)[0], grid, 4, 0)
+    least = dense.abs().reshape(48, -1, 4).argsort(-1)[..., :2]
+    later = dense.reshape(48, -1, 4).scatter(-1, least, 0.0).reshape(48, 160)
+    errors = [output_error(weight, w, hessian) for w in (decode(joint, grid, 4, 0), later)]
+    assert errors[0] < 0.7 * errors[1]
+
+
+def test_patterns_need_their_factor_and_whole_units() -> None:
+    weight, hessian = correlated_problem()
+    with pytest.raises(ValueError, match="pattern: expected a factor for units of 4 columns, got one for 1"):
+        gptq(weight, factorize(hessian), search_grid(weight, 4, 0, "clip"), 4, 0, pattern="2:4")
+    with pytest.raises(ValueError, match="multiple of 8 columns to round, got 157"):
+        factorize(hessian, last=torch.tensor([1, 2, 3]), pattern="pair4:8")
+    with pytest.raises(ValueError, match="expected None or one of"):
+        factorize(hessian, pattern="1:2")

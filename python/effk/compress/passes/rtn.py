@@ -1,4 +1,4 @@
-"""Round to nearest: the baseline that looks at one group of weights at a time."""
+"""Round to nearest: the baseline that looks at one group of weights at a time; or, on the same grids, second order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from ..layers import Layer
 from ..plan import LayerPlan, Plan
 from ..recipe import Recipe, expect_bits, expect_group_size
 from ..registry import Context, Handler, register
-from ..solvers.rtn import MODES, round_to_nearest
+from ..solvers.gptq import factorize, gptq
+from ..solvers.rtn import MODES, round_to_nearest, search_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class Rtn(Recipe):
         mode: range mode (see :mod:`effk.compress.solvers.rtn`).
         weighted: let the searches ("mse", "mse_asym") weigh errors by the mean squared input of each column, which needs
             calibration.
+        second_order: round with GPTQ on these grids, which needs calibration; layers outside the transformer blocks,
+            where no inputs are collected, stay round to nearest.
+        damping: ridge added to Hessians, as a fraction of their mean diagonal.
     """
 
     name: ClassVar[str] = "rtn"
@@ -36,6 +40,8 @@ class Rtn(Recipe):
     group_size: int = 64
     mode: str = "mse"
     weighted: bool = False
+    second_order: bool = False
+    damping: float = 0.01
 
     def check(self) -> None:
         super().check()
@@ -43,12 +49,15 @@ class Rtn(Recipe):
         expect_group_size(self)
         self._expect("mode", self.mode in MODES, f"one of {MODES}")
         self._expect("weighted", not self.weighted or self.mode.startswith("mse"), "False for modes that do not search")
+        self._expect("second_order", type(self.second_order) is bool, "a boolean")
+        self._expect("damping", 0 < self.damping <= 1, "a fraction in (0, 1]")
 
 
 @register(Rtn)
 class RtnHandler(Handler):
     def statistics(self, recipe: Rtn) -> frozenset[str]:
-        return frozenset({"mean_sq"}) if recipe.weighted else frozenset()
+        wanted = {"mean_sq"} if recipe.weighted else set()
+        return frozenset(wanted | {"hessian"} if recipe.second_order else wanted)
 
     def prepare(self, context: Context, plan: Plan | None) -> None:
         check_affine(plan, context.recipe.name)
@@ -73,5 +82,11 @@ class RtnHandler(Handler):
     ) -> WqWeight:
         mode = mode_of(entry)
         importance = None if stats is None else stats.mean_sq
-        codes, grid = round_to_nearest(weight, entry.bits, entry.group_size, mode, importance=importance)
+        if context.recipe.second_order and stats is not None:
+            if context.shared.get("stats") is not stats:  # one factorisation for all layers over an input
+                context.shared |= {"stats": stats, "factor": factorize(stats.hessian, context.recipe.damping)}
+            grid = search_grid(weight, entry.bits, entry.group_size, mode, importance=importance)
+            codes, _ = gptq(weight, context.shared["factor"], grid, entry.bits, entry.group_size)
+        else:
+            codes, grid = round_to_nearest(weight, entry.bits, entry.group_size, mode, importance=importance)
         return WqWeight.from_codes(codes, grid.scales, bits=entry.bits, group_size=entry.group_size, zeros=grid.zeros)

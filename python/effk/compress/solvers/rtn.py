@@ -15,11 +15,15 @@ mode            scale                                zero
 ``asym``        ``(hi - lo) / (2F-1)``               ``round(-lo / scale)``; lo <= 0 <= hi
 ``mse``         best of 61 clips and both signs      ``F``
 ``mse_asym``    best shrunken [lo, hi]               ``round(-lo / scale)``
+``clip``        best ``p amax / (F-1)``, p 1 .. 0.21 ``F``; codes 0 .. 2F-1
 =============== ==================================== =========================================================
 
 The two searches minimise ``sum_k importance[k] * (w - w_hat)**2`` over the group, then refine the scale by alternating
 least squares (scale for fixed codes, codes for the fixed scale). With the mean squared activations as ``importance`` that
 is the layer's output error under a diagonal Hessian (the clip search of Lin et al., "AWQ", 2024, section 3).
+
+``clip`` is the search of Ashkboos et al., "QUIK", 2023: p in steps of 0.01, least ``sum_k |w - w_hat|^2.4``, where 2.4
+is what the released code has (the paper says squares); of equals the largest p. It knows no importance.
 
 Scales are rounded to their stored type before codes are computed. Excluded weights (``mask``: sparse outliers, padding)
 neither widen a range nor count as error, and get the code of zero.
@@ -34,9 +38,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-MODES = ("sym_narrow", "sym_mid", "sym_clip", "signed_full", "signed_auto", "asym", "mse", "mse_asym")
+MODES = ("sym_narrow", "sym_mid", "sym_clip", "signed_full", "signed_auto", "asym", "mse", "mse_asym", "clip")
 ASYMMETRIC = ("asym", "mse_asym")
 
+_CLIP_RATIOS = tuple(1 - i / 100 for i in range(80))  # of "clip"
+_CLIP_EXPONENT = 2.4
 _CLIPS = torch.linspace(0.50, 1.10, 61)
 _SHRINKS = torch.linspace(0.40, 1.00, 31)
 _REFITS = 3  # alternations after a search; a fourth changes the error by less than 0.1 %
@@ -104,6 +110,18 @@ def search_grid(
     return Grid(stored_scales(scales), zeros.to(torch.uint8) if mode in ASYMMETRIC else None)
 
 
+def row_scales(weight: Tensor, bits: int, *, clip: bool = True) -> Tensor:
+    """fp32 ``[N]``: one scale a row in mode "clip", not rounded; without ``clip`` that of p = 1. Zero rows get 1.
+
+    Args:
+        weight: fp32 ``[N, K]``.
+    """
+    rows = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    parts = [_clipped(part, bits, _CLIP_RATIOS if clip else (1.0,)) for part in weight.float().split(rows)]
+    scales = torch.cat(parts) if parts else weight.new_zeros(0)
+    return torch.where(scales == 0, 1.0, scales)
+
+
 def encode(
     weight: Tensor, grid: Grid, bits: int, group_size: int, *, mode: str = "mse", mask: Tensor | None = None
 ) -> Tensor:
@@ -155,6 +173,8 @@ def _search(w: Tensor, kept: Tensor, cost: Tensor, bits: int, mode: str, quick: 
     if mode == "asym":
         scale = (high - low) / top
         return scale, _zero_point(low, scale, top)
+    if mode == "clip":
+        return _clipped(bare, bits, _CLIP_RATIOS), symmetric_zero
     if mode == "mse":
         steps, unit = torch.cat((_CLIPS, -_CLIPS)), amax / half
 
@@ -198,6 +218,20 @@ def _best(
         if offset:
             attempt((centre + offset).clamp(0, len(steps) - 1))
     return candidate(steps[index])
+
+
+def _clipped(w: Tensor, bits: int, ratios: tuple[float, ...]) -> Tensor:
+    """Scales ``[...]`` of ``w`` ``[..., K]``: the first of ``ratios`` with the least error; 0 where all is zero."""
+    most = 2.0 ** (bits - 1) - 1
+    amax = w.abs().amax(-1) if w.shape[-1] else w.new_zeros(w.shape[:-1])
+    best, scales = torch.full_like(amax, torch.inf), amax / most
+    for ratio in ratios if len(ratios) > 1 else ():
+        scale = amax * ratio / most
+        step = torch.where(scale == 0, 1.0, scale).unsqueeze(-1)
+        error = (w / step).round_().clamp_(-most - 1, most).mul_(step).sub_(w).abs_().pow_(_CLIP_EXPONENT).sum(-1)
+        better = error < best
+        best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
+    return scales
 
 
 def _refine(w: Tensor, cost: Tensor, scale: Tensor, zero: Tensor, top: float, rounds: int) -> tuple[Tensor, Tensor]:
