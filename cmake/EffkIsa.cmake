@@ -26,12 +26,12 @@ set(EFFK_WARNINGS_avx512 $<$<CXX_COMPILER_ID:GNU>:-Wno-uninitialized> $<$<CXX_CO
 #   EFFK_BASELINE_SOURCES   csrc/ops/<op>/{driver,pack,plan,gradient,scalar}.cpp, compiled with baseline flags
 #   effk_<tier>             object library of csrc/ops/<op>/<tier>.cpp; an op without such a file has no kernel of the tier
 #   EFFK_TIER_OBJECTS       their objects, for the link line
-# csrc/gemm, the matrix products that several ops call, is laid out like an op.
+# csrc/gemm and csrc/gemm/int8, the matrix products that several ops call, are laid out like an op.
 function(effk_collect_ops)
   set(baseline "")
   set(folders ${ARGN})
   list(TRANSFORM folders PREPEND ops/)
-  list(APPEND folders gemm)
+  list(APPEND folders gemm gemm/int8)
   foreach(folder ${folders})
     foreach(part driver pack plan gradient scalar)
       set(file ${PROJECT_SOURCE_DIR}/csrc/${folder}/${part}.cpp)

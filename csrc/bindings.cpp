@@ -8,11 +8,13 @@
 
 #include "formats/panel.h"
 #include "formats/t16.h"
+#include "gemm/int8/int8.h"
 #include "gemm/kernels.h"
 #include "isa/isa.h"
 #include "ops/depthwise_conv1d/kernels.h"
 #include "ops/fftconv/kernels.h"
 #include "ops/fftconv/plan.h"
+#include "ops/quik_linear/kernels.h"
 #include "ops/wq_linear/kernels.h"
 
 namespace py = pybind11;
@@ -65,6 +67,10 @@ py::list kernel_table() {
     rows.append(kernel_row("fftconv", fft::kKernels[i]->name, fft::kKernels[i]->tier, "fp32", false));
   for (int i = 0; i < depthwise::kKernelCount; ++i)
     rows.append(kernel_row("depthwise_conv1d", depthwise::kKernels[i]->name, depthwise::kKernels[i]->tier, "fp32", false));
+  for (int i = 0; i < gemm8::kKernelCount; ++i)
+    rows.append(kernel_row("quik_linear", gemm8::kKernels[i]->name, gemm8::kKernels[i]->tier, "int8", false));
+  for (int i = 0; i < quik::kKernelCount; ++i)
+    rows.append(kernel_row("quik_linear", quik::kKernels[i]->name, quik::kKernels[i]->tier, "fp32", false));
   for (const char* op : {"dense_linear", "dyad_linear"})  // both run on csrc/gemm
     for (int i = 0; i < gemm::kKernelCount; ++i) {
       const gemm::Kernel& kernel = *gemm::kKernels[i];

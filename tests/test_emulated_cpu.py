@@ -35,7 +35,16 @@ def test_avx2_is_what_is_found() -> None:
 @pytest.mark.slow
 def test_slice_of_the_suite() -> None:
     files = [
-        f"tests/ops/test_{op}.py" for op in ("wq_linear", "fftconv", "depthwise_conv1d", "dense_linear", "dyad_linear")
+        f"tests/ops/test_{op}.py"
+        for op in (
+            "wq_linear",
+            "fftconv",
+            "depthwise_conv1d",
+            "dense_linear",
+            "dyad_linear",
+            "quik_linear",
+            "sp24",
+        )
     ]
     done = emulated("-m", "pytest", "-m", "emulated", "-p", "no:cacheprovider", *files)
     closing = done.stdout.strip().splitlines()[-1:]

@@ -53,6 +53,22 @@ const OpSchema kSchemas[] = {
     {"dyad_wq_linear",
      "(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? codebook, Tensor? bias, int n_dyad, int f_out,"
      " int f_in, int bits, int group_size, str variant, str compute) -> Tensor"},
+    {"quik_quantize",
+     "(Tensor x, Tensor? int_idx, Tensor? fp_idx, int n_base, int bits, str mode)"
+     " -> (Tensor qx, Tensor scale, Tensor zero, Tensor x_out)"},
+    {"quik_int_matmul", "(Tensor qx, Tensor packed, int f_out, int n_base, int bits_w, int bits_a) -> Tensor"},
+    {"quik_dequantize",
+     "(Tensor acc, Tensor scale, Tensor zero, Tensor w_scale, Tensor w_reduced, Tensor? y_in, int bits_a, str dtype)"
+     " -> Tensor"},
+    {"quik_linear",
+     "(Tensor x, Tensor packed, Tensor w_scale, Tensor w_reduced, Tensor? w_out, Tensor? bias, Tensor? int_idx,"
+     " Tensor? fp_idx, int f_out, int n_base, int bits_w, int bits_a, str mode) -> Tensor"},
+    {"quik_multi_linear",
+     "(Tensor x, Tensor[] packed, Tensor[] w_scale, Tensor[] w_reduced, Tensor?[] w_out, Tensor?[] bias, Tensor? int_idx,"
+     " Tensor? fp_idx, int[] f_out, int n_base, int[] bits_w, int bits_a, str mode) -> Tensor[]"},
+    {"sp24_compress", "(Tensor w, str pattern) -> (Tensor values, Tensor meta)"},
+    {"sp24_decompress", "(Tensor values, Tensor meta, int k, str pattern) -> Tensor"},
+    {"sp24_matmul", "(Tensor qx, Tensor values, Tensor meta, str pattern) -> Tensor"},
     {"fftconv_decode_prepare", "(Tensor k, int tile) -> Tensor"},
     {"fftconv_decode_step", "(Tensor x_t, Tensor(a!) xbuf, Tensor(b!) ybuf, Tensor k, Tensor[] specs, int t) -> Tensor"},
 };

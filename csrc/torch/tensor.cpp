@@ -154,7 +154,8 @@ Tensor result(const int64_t* sizes, int64_t dim, int32_t dtype) {
     strides[i] = step;
     step *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  const size_t bytes = size_t(step) * (dtype == dtypes().f32 ? 4 : dtype == dtypes().u8 ? 1 : 2);
+  const Dtypes& d = dtypes();
+  const size_t bytes = size_t(step) * (dtype == d.f32 || dtype == d.i32 ? 4 : dtype == d.u8 || dtype == d.i8 ? 1 : 2);
   for (int64_t i = 0; i < dim; ++i)
     if (sizes[i] == 0) return empty(sizes, dim, dtype);
   if (bytes < ResultPool::kSmallest) return empty(sizes, dim, dtype);

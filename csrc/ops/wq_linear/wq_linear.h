@@ -40,6 +40,7 @@ struct WqWeight {
   int32_t group;             // 32, 64, 128, 256, or 0: one group per row
   bool scales_f32, codebook_per_row, col32;
   DType bias_dtype;
+  int64_t bias_row;          // CPU: elements between the biases of neighbouring rows of x; 0: all rows share them
 };
 
 // Several weights may share one x (q, k, v; gate, up): they are quantised once and run as one parallel region.
