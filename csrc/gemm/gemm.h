@@ -6,8 +6,9 @@
 //   ot, dt  y[t, d d_out + o] = sum_i wl[d, o, i] x[t, d d_in + i]
 //           y[t, o n + d]    += sum_i wu[d, o, i] x[t, d d_in + i]  (ot)   or   x[t, i n + d]  (dt)
 //
-// Accumulation in fp32 (bf16 dot products where x and the panels are bf16 and the CPU has them), starting at the bias, k ascending
-// in one chain, wl before wu; ot and dt add the two sums at the end. So a row's result depends neither on the other rows nor on
+// Accumulation in fp32 (bf16 dot products where x and the panels are bf16 and the CPU has them), k ascending
+// in chains of 64 products that are added up, the bias with the first (errors within 2e-6 of the results' rms), wl before wu; ot and dt add the two sums at
+// the end. So a row's result depends neither on the other rows nor on
 // the number of threads. Then the activation, then one rounding to the type of x.
 // Nothing here checks arguments, allocates or throws; buffers need no alignment; tokens = 0 is legal.
 #pragma once

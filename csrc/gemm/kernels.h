@@ -31,7 +31,7 @@ struct Product {
   const uint8_t* b;         // first step of the first tile
   int64_t b_tile, units;    // bytes between tiles
   const float* init;        // [tiles][16] to start from, or null: zero
-  bool accumulate;          // start from c instead
+  bool accumulate;          // add to c instead
   float* c;
   int64_t ldc;              // floats between rows
   int rows, tiles, last;    // last: columns of the last tile, 1 to 16; nothing beyond is touched
