@@ -32,12 +32,14 @@ const char* kernel_name(DType x, DType panels) { return choose(x, panels).name; 
 
 namespace {
 
-// Tuned on Zen 5 (48 KiB, 1 MiB, 32 MiB) with a second-level cache of 256 KiB in mind: a piece of 64 rows (128 KiB), a panel
-// of weights (96 KiB) and the next one stream through it. 32 rows lose 10 %, 96 and 128 change nothing; 8 to 64 units of depth
-// are alike. Without fetching the next panel ahead dense fp32 was at 77 %, bf16 at 78 %.
-constexpr int64_t kTileRows = 64;         // tokens whose packed rows are used together
+// Tuned on Zen 5 (48 KiB, 1 MiB, 32 MiB), T = 512. A slice of the packed rows (256 rows, 512 of k: 512 KiB) stays in the second-level
+// cache while a panel of weights (96 KiB) and the next one stream through it. More rows a tile mean that large weights come from memory
+// less often: 64 rows lose 5 % at 2048 -> 8192, 512 gain nothing. Results of 12 tiles of columns stay beside that (192 KiB): 24 lose 8 %
+// in dense layers, 6 lose 3 % in DYAD ones. Without fetching the next panel ahead dense fp32 was at 77 %, bf16 at 78 %.
+constexpr int64_t kMinTileRows = 64, kMaxTileRows = 256;  // tokens whose packed rows are used together
+constexpr int64_t kTileBytes = 4 << 20;   // of packed rows, unless the fewest rows need more: limits the memory of many threads
 constexpr int64_t kDepthUnits = 32;       // units of k between visits of the results: 512 in fp32
-constexpr int64_t kChunkTiles = 24;       // tiles of columns whose results are kept beside that: 64 x 384 floats, 96 KiB
+constexpr int64_t kChunkTiles = 12;       // tiles of columns whose results are kept
 
 // What one layer needs of memory, in bytes, and how its operands lie.
 struct Plan {
@@ -46,8 +48,9 @@ struct Plan {
   int64_t operands;                       // packed rows per token
   int64_t units, part_units;              // of one operand, of one of its parts
   int64_t f_in, f_out, tiles, bias_row;   // tiles of one matrix; padded bias of one block
+  int64_t tile_rows;                      // of tokens, whole blocks
 
-  Plan(const LinearArgs& a) {
+  Plan(const LinearArgs& a, int threads) {
     const panel::Shape& s = a.shape;
     k = &choose(a.dtype, s.dtype);
     split = s.kind == panel::Kind::ot || s.kind == panel::Kind::dt;
@@ -58,13 +61,15 @@ struct Plan {
     f_out = gemm::f_out(s);
     tiles = panel::tiles(s.d_out);
     bias_row = tiles * panel::kColumns;
+    const int64_t most = std::min(kMaxTileRows, std::max(kMinTileRows, kTileBytes / (operands * units * kUnitBytes)));
+    const int64_t each = ceil_div(a.tokens, ceil_div(ceil_div(a.tokens, most), threads) * threads);  // as many tiles for every thread
+    tile_rows = ceil_div(std::min(std::max(each, kMinTileRows), a.tokens), k->rows) * k->rows;
   }
   int64_t blocks(int64_t rows) const { return ceil_div(rows, k->rows); }
-  int64_t tile_rows() const { return std::max<int64_t>(1, kTileRows / k->rows) * k->rows; }
   int64_t packed_bytes(int64_t rows) const { return operands * blocks(rows) * k->rows * units * kUnitBytes; }
   int64_t sums_bytes(int64_t rows) const { return split ? aligned(2 * rows * f_out * 4) : 0; }
   int64_t residue_bytes(DType t) const { return aligned(k->rows * f_in * bytes_of(t)); }
-  int64_t results_bytes() const { return tile_rows() * std::min(kChunkTiles, tiles) * panel::kColumns * 4; }
+  int64_t results_bytes() const { return tile_rows * std::min(kChunkTiles, tiles) * panel::kColumns * 4; }
   int64_t bias_bytes(const LinearArgs& a) const { return a.bias ? aligned(a.shape.n * bias_row * 4) : 0; }
 };
 
@@ -97,15 +102,27 @@ void pack_block(const LinearArgs& a, const Plan& p, int64_t t0, int rows, char* 
                       : Source{residues + d * s.d_in * bytes_of(a.dtype), a.dtype, p.f_in, 1};
   };
   const bool second = s.kind == panel::Kind::it || s.kind == panel::Kind::dt;
+  const bool in_place = second && !a.features && a.dtype == (p.k->form == Form::bf16 ? DType::bf16 : DType::f32);  // no copy between
+  const int size = int(bytes_of(a.dtype));
+  char* apart = packed + (s.kind == panel::Kind::it ? p.part_units * rows * kUnitBytes : s.n * operand_stride);
   if (second && !a.features)
-    for (int r = 0; r < rows; ++r)
-      p.k->deinterleave(shifted(a.x, (t0 + r) * p.f_in, a.dtype), int(bytes_of(a.dtype)), s.d_in, s.n,
-                        residues + r * p.f_in * bytes_of(a.dtype), s.d_in);
+    for (int r = 0; r < rows; ++r) {
+      const char* row = shifted(a.x, (t0 + r) * p.f_in, a.dtype);
+      if (in_place) p.k->deinterleave(row, size, s.d_in, s.n, apart + r * kUnitBytes, operand_stride / size, rows * kUnitBytes / size);
+      else p.k->deinterleave(row, size, s.d_in, s.n, residues + r * p.f_in * size, s.d_in, kUnitBytes / size);
+    }
+  const int64_t in_unit = unit_k(p.k->form), whole = s.d_in / in_unit, rest = s.d_in % in_unit * size;
   for (int64_t d = 0; d < s.n; ++d) {
-    char* to = packed + d * operand_stride;
-    p.k->pack_rows(contiguous(d), rows, s.d_in, p.part_units, to);
-    if (s.kind == panel::Kind::it) p.k->pack_rows(residue(d), rows, s.d_in, p.part_units, to + p.part_units * rows * kUnitBytes);
-    if (s.kind == panel::Kind::dt) p.k->pack_rows(residue(d), rows, s.d_in, p.part_units, packed + (s.n + d) * operand_stride);
+    p.k->pack_rows(contiguous(d), rows, s.d_in, p.part_units, packed + d * operand_stride);
+    if (!second) continue;
+    char* to = apart + d * operand_stride;
+    if (!in_place) p.k->pack_rows(residue(d), rows, s.d_in, p.part_units, to);
+    else
+      for (int64_t u = whole; u < p.part_units; ++u)  // zeros beyond d_in
+        for (int r = 0; r < rows; ++r) {
+          const int64_t keep = u == whole ? rest : 0;
+          std::memset(to + (u * rows + r) * kUnitBytes + keep, 0, kUnitBytes - keep);
+        }
   }
 }
 
@@ -193,7 +210,7 @@ void run_tile(const LinearArgs& a, const Plan& p, int64_t t0, int64_t rows, cons
 struct Shared {
   int64_t packed, sums, slot, slots, chunk, chunks, token_tiles;
   Shared(const LinearArgs& a, const Plan& p, int threads) {
-    token_tiles = ceil_div(a.tokens, p.tile_rows());
+    token_tiles = ceil_div(a.tokens, p.tile_rows);
     const int64_t wanted = ceil_div(4 * int64_t(threads), token_tiles * a.shape.matrices());
     chunk = ceil_div(ceil_div(p.tiles, wanted), p.k->tiles) * p.k->tiles;
     chunks = ceil_div(p.tiles, chunk);
@@ -216,8 +233,8 @@ void run_shared(const LinearArgs& a, const Plan& p, const float* bias, char* roo
   });
   const int64_t matrices = a.shape.matrices();
   over_slots(pf, s.slots, s.token_tiles * matrices * s.chunks, [&](int64_t slot, int64_t i) {
-    const int64_t j0 = i / s.token_tiles % s.chunks * s.chunk, m = i / s.token_tiles / s.chunks, t0 = i % s.token_tiles * p.tile_rows();
-    const int64_t rows = std::min(p.tile_rows(), a.tokens - t0);
+    const int64_t j0 = i / s.token_tiles % s.chunks * s.chunk, m = i / s.token_tiles / s.chunks, t0 = i % s.token_tiles * p.tile_rows;
+    const int64_t rows = std::min(p.tile_rows, a.tokens - t0);
     multiply_matrix(a, p, packed + t0 / p.k->rows * block, operand_stride, t0, rows, m, j0, std::min(j0 + s.chunk, p.tiles), bias,
                     reinterpret_cast<float*>(slots + slot * s.slot), sums + t0 * 2 * p.f_out);
   });
@@ -228,40 +245,44 @@ void run_shared(const LinearArgs& a, const Plan& p, const float* bias, char* roo
     });
 }
 
-bool few_tokens(int64_t token_tiles, int threads) { return threads > 1 && token_tiles < 2 * int64_t(threads); }
+bool few_tokens(int64_t token_tiles, int threads) { return token_tiles < threads; }
 
 }  // namespace
 
 size_t linear_workspace(const LinearArgs& a, int threads) {
   if (a.tokens == 0) return 0;
-  const Plan p(a);
-  const int64_t tiles = ceil_div(a.tokens, p.tile_rows());
+  const Plan p(a, threads);
+  const int64_t tiles = ceil_div(a.tokens, p.tile_rows);
   const int64_t rest = few_tokens(tiles, threads) ? Shared(a, p, threads).bytes(threads)
-                                                  : std::min<int64_t>(threads, tiles) * tile_bytes(a, p, std::min(p.tile_rows(), a.tokens));
+                                                  : std::min<int64_t>(threads, tiles) * tile_bytes(a, p, std::min(p.tile_rows, a.tokens));
   return size_t(p.bias_bytes(a) + rest);
 }
 
 void linear(const LinearArgs& a, void* workspace, const ParallelFor& pf) {
   if (a.tokens == 0) return;
-  const Plan p(a);
+  const Plan p(a, pf.threads);
   char* room = static_cast<char*>(workspace);
   const float* bias = widen_bias(a, p, room);
   room += p.bias_bytes(a);
-  const int64_t tiles = ceil_div(a.tokens, p.tile_rows());
+  const int64_t tiles = ceil_div(a.tokens, p.tile_rows);
   if (few_tokens(tiles, pf.threads)) return run_shared(a, p, bias, room, pf);
-  const int64_t slot_bytes = tile_bytes(a, p, std::min(p.tile_rows(), a.tokens));
+  const int64_t slot_bytes = tile_bytes(a, p, std::min(p.tile_rows, a.tokens));
   over_slots(pf, std::min<int64_t>(pf.threads, tiles), tiles, [&](int64_t slot, int64_t i) {
-    const int64_t t0 = i * p.tile_rows();
-    run_tile(a, p, t0, std::min(p.tile_rows(), a.tokens - t0), bias, room + slot * slot_bytes);
+    const int64_t t0 = i * p.tile_rows;
+    run_tile(a, p, t0, std::min(p.tile_rows, a.tokens - t0), bias, room + slot * slot_bytes);
   });
 }
 
 namespace {
 
-int64_t pair_tile(const Plan& first, const Plan& second) { return std::max(first.tile_rows(), second.tile_rows()); }
+// Tokens of a tile of both layers, and of what lies between.
+int64_t pair_tile(const LinearArgs& a, const Plan& first, const Plan& second) {
+  const int64_t between = std::max(kMinTileRows, kTileBytes / (first.f_out * int64_t(bytes_of(a.dtype))));
+  return std::min({first.tile_rows, second.tile_rows, between});
+}
 // The hidden tile, and what either layer needs at a time.
 int64_t pair_bytes(const LinearArgs& a, const Plan& p, const LinearArgs& b, const Plan& q, int64_t rows) {
-  const auto most = [&](const LinearArgs& l, const Plan& plan) { return tile_bytes(l, plan, std::min(plan.tile_rows(), rows)); };
+  const auto most = [&](const LinearArgs& l, const Plan& plan) { return tile_bytes(l, plan, std::min(plan.tile_rows, rows)); };
   return aligned(rows * p.f_out * bytes_of(a.dtype)) + std::max(most(a, p), most(b, q));
 }
 
@@ -269,8 +290,8 @@ int64_t pair_bytes(const LinearArgs& a, const Plan& p, const LinearArgs& b, cons
 
 size_t linear_pair_workspace(const LinearArgs& first, const LinearArgs& second, int threads) {
   if (first.tokens == 0) return 0;
-  const Plan p(first), q(second);
-  const int64_t rows = std::min(pair_tile(p, q), first.tokens), tiles = ceil_div(first.tokens, rows);
+  const Plan p(first, threads), q(second, threads);
+  const int64_t rows = std::min(pair_tile(first, p, q), first.tokens), tiles = ceil_div(first.tokens, rows);
   if (few_tokens(tiles, threads))
     return size_t(aligned(first.tokens * p.f_out * bytes_of(first.dtype))) + std::max(linear_workspace(first, threads), linear_workspace(second, threads));
   return size_t(p.bias_bytes(first) + q.bias_bytes(second) + std::min<int64_t>(threads, tiles) * pair_bytes(first, p, second, q, rows));
@@ -278,9 +299,9 @@ size_t linear_pair_workspace(const LinearArgs& first, const LinearArgs& second, 
 
 void linear_pair(const LinearArgs& first, const LinearArgs& second, void* workspace, const ParallelFor& pf) {
   if (first.tokens == 0) return;
-  const Plan p(first), q(second);
+  const Plan p(first, pf.threads), q(second, pf.threads);
   char* room = static_cast<char*>(workspace);
-  const int64_t rows = std::min(pair_tile(p, q), first.tokens), tiles = ceil_div(first.tokens, rows);
+  const int64_t rows = std::min(pair_tile(first, p, q), first.tokens), tiles = ceil_div(first.tokens, rows);
   LinearArgs a = first, b = second;
   if (few_tokens(tiles, pf.threads)) {
     a.y = room;
@@ -304,8 +325,8 @@ void linear_pair(const LinearArgs& first, const LinearArgs& second, void* worksp
     one.y = hidden;
     two.x = hidden;
     one.tokens = two.tokens = count;
-    for (int64_t r = 0; r < count; r += p.tile_rows()) run_tile(one, p, r, std::min(p.tile_rows(), count - r), bias1, rest);
-    for (int64_t r = 0; r < count; r += q.tile_rows()) run_tile(two, q, r, std::min(q.tile_rows(), count - r), bias2, rest);
+    run_tile(one, p, 0, count, bias1, rest);
+    run_tile(two, q, 0, count, bias2, rest);
   });
 }
 

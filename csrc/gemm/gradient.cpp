@@ -87,8 +87,8 @@ void gradient(const GradientArgs& g, void* workspace, const ParallelFor& pf) {
       for (int64_t i = g0; i < g1; ++i) {
         const int64_t t = i * kGroupTokens, count = std::min(kGroupTokens, tokens - t), here = std::min(group_units, units - i * group_units);
         for (int64_t r = t; r < t + count; ++r) {
-          if (p.x2_bytes) k.deinterleave(shifted(g.x, (t0 + r) * p.f_in, g.dtype), size, g.d_in, g.n, x2 + r * p.f_in * size, g.d_in);
-          if (p.gy2_bytes) k.deinterleave(shifted(g.gy, (t0 + r) * p.f_out, g.dtype), size, g.d_out, g.n, gy2 + r * p.f_out * size, g.d_out);
+          if (p.x2_bytes) k.deinterleave(shifted(g.x, (t0 + r) * p.f_in, g.dtype), size, g.d_in, g.n, x2 + r * p.f_in * size, g.d_in, kUnitBytes / size);
+          if (p.gy2_bytes) k.deinterleave(shifted(g.gy, (t0 + r) * p.f_out, g.dtype), size, g.d_out, g.n, gy2 + r * p.f_out * size, g.d_out, kUnitBytes / size);
         }
         for (int second = 0; second < 2; ++second) {
           for (int64_t l = 0; (second ? p.second_gy : p.first_gy) && l < g.n * p.blocks; ++l) {

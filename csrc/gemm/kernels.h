@@ -60,8 +60,9 @@ struct Kernel {
   void (*pack_tile)(const Source&, int columns, int64_t k, DType panel, void* to);
   void (*multiply)(const Product&);
   void (*finish)(const float* c, int64_t ldc, int64_t rows, int64_t columns, const Output&);
-  // to[r * to_row + i] = row[i * n + r] for i < d, r < n; elements of `bytes` bytes.
-  void (*deinterleave)(const void* row, int bytes, int64_t d, int64_t n, void* to, int64_t to_row);
+  // Element i < d of class r < n, row[i * n + r], to to[r * to_row + i / unit * to_unit + i % unit]; elements of `bytes` bytes,
+  // `unit` of them in 64 bytes.
+  void (*deinterleave)(const void* row, int bytes, int64_t d, int64_t n, void* to, int64_t to_row, int64_t to_unit);
   // y[i * n + r] += z[r * z_row + i].
   void (*interleave_add)(const float* z, int64_t z_row, int64_t d, int64_t n, float* y);
   // sum[j] = sum_{i < count} of element (j, i), j < columns <= 16: pieces of 64 in fp32, then the pieces, both in order.

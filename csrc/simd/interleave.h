@@ -3,7 +3,6 @@
 // at a time. Bound at n = 4: 8 permutations, 4 loads and 4 stores for 64 values of 32 bits.
 #pragma once
 #include <cstdint>
-#include <cstring>
 
 namespace effk::EFFK_TIER {
 namespace {
@@ -43,7 +42,8 @@ template <int N> EFFK_INLINE void join(const vf* in, int step, vf* v) {
   }
 }
 
-template <class L, int N> void deinterleave_as(const typename L::T* row, int64_t d, int64_t n, typename L::T* to, int64_t to_row) {
+template <class L, int N>
+void deinterleave_as(const typename L::T* row, int64_t d, int64_t n, typename L::T* to, int64_t to_row, int64_t to_unit) {
   int64_t i = 0;
   if constexpr (N > 1)
     for (; i + L::kCount <= d; i += L::kCount) {
@@ -52,25 +52,24 @@ template <class L, int N> void deinterleave_as(const typename L::T* row, int64_t
       for (int j = 0; j < N; ++j) v[j] = load_unit(row + i * N + j * L::kCount);
       split<L, N>(v, out, 1);
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) store_unit(to + j * to_row + i, out[j]);
+      for (int j = 0; j < N; ++j) store_unit(to + j * to_row + i / L::kCount * to_unit, out[j]);
     }
   for (int64_t r = 0; r < n; ++r)
-    for (int64_t j = i; j < d; ++j) to[r * to_row + j] = row[j * n + r];
+    for (int64_t j = i; j < d; ++j) to[r * to_row + j / L::kCount * to_unit + j % L::kCount] = row[j * n + r];
 }
-template <class L> void deinterleave_lanes(const void* row, int64_t d, int64_t n, void* to, int64_t to_row) {
+template <class L> void deinterleave_lanes(const void* row, int64_t d, int64_t n, void* to, int64_t to_row, int64_t to_unit) {
   const auto* from = static_cast<const typename L::T*>(row);
   auto* out = static_cast<typename L::T*>(to);
   switch (n) {
-    case 1: return void(std::memcpy(to, row, size_t(d) * sizeof(typename L::T)));
-    case 2: return deinterleave_as<L, 2>(from, d, n, out, to_row);
-    case 4: return deinterleave_as<L, 4>(from, d, n, out, to_row);
-    case 8: return deinterleave_as<L, 8>(from, d, n, out, to_row);
-    default: return deinterleave_as<L, 1>(from, d, n, out, to_row);
+    case 2: return deinterleave_as<L, 2>(from, d, n, out, to_row, to_unit);
+    case 4: return deinterleave_as<L, 4>(from, d, n, out, to_row, to_unit);
+    case 8: return deinterleave_as<L, 8>(from, d, n, out, to_row, to_unit);
+    default: return deinterleave_as<L, 1>(from, d, n, out, to_row, to_unit);
   }
 }
-void deinterleave(const void* row, int bytes, int64_t d, int64_t n, void* to, int64_t to_row) {
-  if (bytes == 4) return deinterleave_lanes<Lanes32>(row, d, n, to, to_row);
-  deinterleave_lanes<Lanes16>(row, d, n, to, to_row);
+void deinterleave(const void* row, int bytes, int64_t d, int64_t n, void* to, int64_t to_row, int64_t to_unit) {
+  if (bytes == 4) return deinterleave_lanes<Lanes32>(row, d, n, to, to_row, to_unit);
+  deinterleave_lanes<Lanes16>(row, d, n, to, to_row, to_unit);
 }
 
 template <int N> void interleave_add_as(const float* z, int64_t z_row, int64_t d, int64_t n, float* y) {

@@ -80,8 +80,8 @@ void dyad_wq_linear(const DyadWqArgs& a, void* workspace, const ParallelFor& pf)
       }
       char* to = xs + t * a.weight.k * size;
       for (int64_t d = 0; d < a.n; ++d) std::memcpy(to + d * l.operand, row + d * a.d_in * size, size_t(a.d_in * size));
-      if (a.kind == panel::Kind::it) k.deinterleave(row, int(size), a.d_in, a.n, to + a.d_in * size, l.operand / size);
-      if (a.kind == panel::Kind::dt) k.deinterleave(row, int(size), a.d_in, a.n, to + a.n * l.operand, l.operand / size);
+      if (a.kind == panel::Kind::it) k.deinterleave(row, int(size), a.d_in, a.n, to + a.d_in * size, l.operand / size, 64 / size);
+      if (a.kind == panel::Kind::dt) k.deinterleave(row, int(size), a.d_in, a.n, to + a.n * l.operand, l.operand / size, 64 / size);
     }
   });
   const auto place = [&](const char* from, int64_t d, int64_t half) {
