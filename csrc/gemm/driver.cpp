@@ -39,6 +39,7 @@ namespace {
 constexpr int64_t kMinTileRows = 64, kMaxTileRows = 256;  // tokens whose packed rows are used together
 constexpr int64_t kTileBytes = 4 << 20;   // of packed rows, unless the fewest rows need more: limits the memory of many threads
 constexpr int64_t kDepthUnits = 32;       // units of k between visits of the results: 512 in fp32
+constexpr int64_t kStartBytes = 1024;      // of a tile, fetched before its turn
 constexpr int64_t kChunkTiles = 12;       // tiles of columns whose results are kept
 
 // What one layer needs of memory, in bytes, and how its operands lie.
@@ -132,11 +133,12 @@ void multiply(const Plan& p, DType panels, const char* operand, int64_t rows, co
   const Kernel& k = *p.k;
   const int64_t blocks = p.blocks(rows), block_bytes = p.units * k.rows * kUnitBytes;
   const int64_t b_unit = tile_bytes / p.units;
+  const int64_t depth = blocks == 1 ? p.units : kDepthUnits;  // one block reads the weights as they lie, across matrices
   const bool direct = out.dtype == DType::f32 && out.column == 1 && out.act == Activation::none;  // sums are results
   for (int64_t c0 = j0; c0 < j1; c0 += kChunkTiles) {
     const int64_t c1 = std::min(c0 + kChunkTiles, j1), ldc = direct ? out.row : (c1 - c0) * panel::kColumns;
-    for (int64_t u0 = 0; u0 < p.units; u0 += kDepthUnits) {
-      const int64_t units = std::min(kDepthUnits, p.units - u0);
+    for (int64_t u0 = 0; u0 < p.units; u0 += depth) {
+      const int64_t units = std::min(depth, p.units - u0);
       for (int64_t j = c0, step; j < c1; j += step) {
         step = next_tiles(c1 - j, k.tiles);
         float* c = direct ? static_cast<float*>(out.data) + j * panel::kColumns : results + (j - c0) * panel::kColumns;
@@ -144,7 +146,11 @@ void multiply(const Plan& p, DType panels, const char* operand, int64_t rows, co
         // The panel that comes next is fetched meanwhile, a part of one of its tiles by each block of rows.
         const bool inside = j + step < c1, deeper = u0 + units < p.units;
         const uint8_t* next = inside ? panel + step * tile_bytes : matrix + (deeper ? c0 * tile_bytes + (u0 + units) * b_unit : c1 * tile_bytes);
-        const int64_t parts = ceil_div(blocks, step), share = parts > 1 && (inside || deeper || c1 < j1) ? ceil_div(b_unit, parts * 64) * 64 : 0;
+        const int64_t parts = ceil_div(blocks, step);
+        const int64_t share = parts > 1 && (inside || deeper || c1 < j1) ? ceil_div(b_unit, parts * 64) * 64 : 0;
+        if (blocks == 1)  // weights are read as they lie: start the streams of the next tiles, the hardware goes on
+          for (int64_t t = 0; t < step; ++t)
+            for (int64_t line = 0; line < kStartBytes; line += 64) __builtin_prefetch(panel + (step + t) * tile_bytes + line, 0, 2);
         const int64_t here = std::min(step * panel::kColumns, columns - j * panel::kColumns);
         for (int64_t b = 0; b < blocks; ++b) {
           const int in_block = int(std::min<int64_t>(k.rows, rows - b * k.rows));
