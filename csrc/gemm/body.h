@@ -114,7 +114,17 @@ template <gemm::Form F> void pack_rows(const Source& s, int rows, int64_t k, int
     else copy_rows<F, DType::f16>(s, rows, u, out);
     out += u * rows * gemm::kUnitBytes;
   }
-  for (; u < units; ++u, out += rows * gemm::kUnitBytes)
+  for (; u < units; ++u, out += rows * gemm::kUnitBytes) {
+    if constexpr (F == gemm::Form::bf16)
+      if (s.row == 1 && rows == 16 && u * kUnit + kUnit <= k) {  // pairs of lines are pairs of k: one transpose for 16 x 32 values
+        alignas(64) float pairs[256];
+        for (int i = 0; i < 16; ++i) {
+          const vi even = as_int(load_bf16(at(s, 0, u * kUnit + 2 * i))), odd = as_int(load_bf16(at(s, 0, u * kUnit + 2 * i + 1)));
+          store_unit(pairs + i * 16, bits_or(shift_right<16>(even), odd));
+        }
+        transpose16(pairs, reinterpret_cast<float*>(out));
+        continue;
+      }
     for (int h = 0; h < kHalves; ++h) {
       alignas(64) float block[256];
       const int count = upto16(k - u * kUnit - 16 * h);
@@ -124,6 +134,7 @@ template <gemm::Form F> void pack_rows(const Source& s, int rows, int64_t k, int
         else store_f32(out + r * 64, load_f32(block + r * 16));
       }
     }
+  }
 }
 
 void pack_tile(const Source& s, int columns, int64_t k, DType panel, void* to) {

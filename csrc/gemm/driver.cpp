@@ -154,7 +154,7 @@ void multiply(const Plan& p, DType panels, const char* operand, int64_t rows, co
         const int64_t here = std::min(step * panel::kColumns, columns - j * panel::kColumns);
         for (int64_t b = 0; b < blocks; ++b) {
           const int in_block = int(std::min<int64_t>(k.rows, rows - b * k.rows));
-          k.multiply({operand + b * block_bytes + u0 * in_block * kUnitBytes, panel, tile_bytes, units,
+          k.multiply({operand + b * block_bytes + u0 * in_block * kUnitBytes, in_block * kUnitBytes, panel, tile_bytes, units,
                       bias ? bias + j * panel::kColumns : nullptr, u0 > 0, c + b * k.rows * ldc, ldc, in_block, int(step),
                       direct ? int(here - (step - 1) * panel::kColumns) : panel::kColumns, panels,
                       next + b % step * tile_bytes + b / step * share * units, share});

@@ -17,7 +17,7 @@ struct GradientPlan {
   const Kernel* k;
   DType panels;
   bool first_gy, second_gy, first_x, second_x;  // which operands the wanted gradients need, as they are and by residues
-  int64_t f_in, f_out, blocks, tiles, units, tile_bytes, a_bytes, b_bytes, x2_bytes, gy2_bytes, sum_floats;
+  int64_t f_in, f_out, group, groups, blocks, tiles, units, tile_bytes, a_bytes, b_bytes, x2_bytes, gy2_bytes, sum_floats;
 
   GradientPlan(const GradientArgs& g) {
     k = &choose(g.dtype, g.dtype);
@@ -30,12 +30,14 @@ struct GradientPlan {
     second_x = g.gwu && columns;
     f_in = g.n * g.d_in;
     f_out = g.n * g.d_out;
+    group = k->rows == 8 ? 16 : k->rows;         // rows of a packed together: transposes are of 16
+    groups = ceil_div(g.d_out, group);
     blocks = ceil_div(g.d_out, k->rows);
     tiles = panel::tiles(g.d_in);
     const int64_t depth = panel::padded(std::min(kChunkTokens, g.tokens), panels);
     units = depth / unit_k(k->form);
     tile_bytes = depth * panel::kColumns * bytes_of(panels);
-    a_bytes = g.n * blocks * k->rows * units * kUnitBytes;
+    a_bytes = g.n * groups * group * units * kUnitBytes;
     b_bytes = g.n * tiles * tile_bytes;
     const int64_t tokens = std::min(kChunkTokens, g.tokens);
     x2_bytes = second_x && !g.features ? aligned(tokens * f_in * bytes_of(g.dtype)) : 0;
@@ -91,11 +93,11 @@ void gradient(const GradientArgs& g, void* workspace, const ParallelFor& pf) {
           if (p.gy2_bytes) k.deinterleave(shifted(g.gy, (t0 + r) * p.f_out, g.dtype), size, g.d_out, g.n, gy2 + r * p.f_out * size, g.d_out, kUnitBytes / size);
         }
         for (int second = 0; second < 2; ++second) {
-          for (int64_t l = 0; (second ? p.second_gy : p.first_gy) && l < g.n * p.blocks; ++l) {
-            const int64_t d = l / p.blocks, o = l % p.blocks * k.rows;
-            const int rows = int(std::min<int64_t>(k.rows, g.d_out - o));
+          for (int64_t l = 0; (second ? p.second_gy : p.first_gy) && l < g.n * p.groups; ++l) {
+            const int64_t d = l / p.groups, o = l % p.groups * p.group;
+            const int rows = int(std::min(p.group, g.d_out - o));
             k.pack_rows(source(g.gy, gy2, second, p.f_out, g.d_out, d, o, t0, t), rows, count, here,
-                        a[second] + (l * k.rows * p.units + i * group_units * rows) * kUnitBytes);
+                        a[second] + (l * p.group * p.units + i * group_units * rows) * kUnitBytes);
           }
           for (int64_t l = 0; (second ? p.second_x : p.first_x) && l < g.n * p.tiles; ++l) {
             const int64_t d = l / p.tiles, j = l % p.tiles * panel::kColumns;
@@ -111,7 +113,7 @@ void gradient(const GradientArgs& g, void* workspace, const ParallelFor& pf) {
         const int component = int(i / (g.n * items));
         if (!(component ? g.gwu : g.gwl)) continue;
         const int64_t d = i / items % g.n, b0 = i % row_items * kRowBlocks, j0 = i % items / row_items * kColumnTiles;
-        const char* rows = a[component && p.second_gy] + d * p.blocks * k.rows * p.units * kUnitBytes;
+        const char* groups = a[component && p.second_gy] + d * p.groups * p.group * p.units * kUnitBytes;
         const char* columns = b[component && p.second_x] + d * p.tiles * p.tile_bytes;
         const int64_t j1 = std::min(j0 + kColumnTiles, p.tiles);
         for (int64_t j = j0, step; j < j1; j += step) {
@@ -120,11 +122,13 @@ void gradient(const GradientArgs& g, void* workspace, const ParallelFor& pf) {
           // The next panel is fetched meanwhile, as in driver.cpp.
           const int64_t r1 = std::min(b0 + kRowBlocks, p.blocks), parts = ceil_div(r1 - b0, step), unit = p.tile_bytes / p.units;
           const int64_t share = parts > 1 && j + step < j1 ? ceil_div(unit, parts * 64) * 64 : 0;
-          for (int64_t r = b0; r < r1; ++r)
-            k.multiply({rows + r * k.rows * p.units * kUnitBytes, reinterpret_cast<const uint8_t*>(columns + j * p.tile_bytes), p.tile_bytes, units,
+          for (int64_t r = b0; r < r1; ++r) {
+            const int64_t o = r * k.rows, first = o / p.group * p.group, a_unit = std::min(p.group, g.d_out - first) * kUnitBytes;
+            k.multiply({groups + first * p.units * kUnitBytes + (o - first) * kUnitBytes, a_unit, reinterpret_cast<const uint8_t*>(columns + j * p.tile_bytes), p.tile_bytes, units,
                         nullptr, t0 > 0, c[component] + (d * g.d_out + r * k.rows) * g.d_in + j * panel::kColumns, g.d_in,
-                        int(std::min<int64_t>(k.rows, g.d_out - r * k.rows)), int(step), last, p.panels,
+                        int(std::min<int64_t>(k.rows, g.d_out - o)), int(step), last, p.panels,
                         reinterpret_cast<const uint8_t*>(columns + (j + step + (r - b0) % step) * p.tile_bytes + (r - b0) / step * share * units), share});
+          }
         }
       }
     });

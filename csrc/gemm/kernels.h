@@ -27,7 +27,8 @@ struct Source {
 
 // One block of rows of a times some tiles of b over a range of k; the sums are described in simd/gemm.h.
 struct Product {
-  const void* a;            // [units][rows][64 bytes]
+  const void* a;            // first of `rows` rows of 64 bytes
+  int64_t a_unit;           // bytes between units of a
   const uint8_t* b;         // first step of the first tile
   int64_t b_tile, units;    // bytes between tiles
   const float* init;        // [tiles][16] to start from, or null: zero
@@ -54,7 +55,7 @@ struct Kernel {
   Form form;
   const char* name;
   int rows, tiles;      // of the largest block
-  // Rows [0, rows) and k elements of a to [units][rows][64 bytes], zero beyond k. The bf16 form takes bf16 only.
+  // Rows [0, rows <= 16) and k elements of a to [units][rows][64 bytes], zero beyond k. The bf16 form takes bf16 only.
   void (*pack_rows)(const Source&, int rows, int64_t k, int64_t units, void* to);
   // Columns [0, columns <= 16) and k elements of b to one part of one tile, zero beyond.
   void (*pack_tile)(const Source&, int columns, int64_t k, DType panel, void* to);

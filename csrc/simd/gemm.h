@@ -53,6 +53,7 @@ template <class S, int MR, int NT> void multiply_block(const Product& p) {
   const int64_t ldc = p.ldc;
   const int last = p.last;
   const int32_t* a = static_cast<const int32_t*>(p.a);
+  const int64_t a_next = p.a_unit / 4 - 16;
   const uint8_t* b = p.b;
   const int64_t b_tile = p.b_tile;
   const uint8_t* ahead = p.ahead;
@@ -82,7 +83,7 @@ template <class S, int MR, int NT> void multiply_block(const Product& p) {
         a += 4;
         b += 4 / S::kSteps * S::kBytes;
       }
-      a += (MR - 1) * 16;
+      a += a_next;
     }
     if (!add && p.init) {
 #pragma GCC unroll 4
