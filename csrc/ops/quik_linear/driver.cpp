@@ -157,7 +157,8 @@ struct Plan {
             for (int64_t d = 0, step; d < tiles_here; d += step) {
               step = gemm::next_tiles(tiles_here - d, g.tiles);
               for (int64_t r = 0; r < rows; r += g.rows)
-                g.multiply({from.outliers[f] + (at + r) / g.rows * o_block[f], reinterpret_cast<const uint8_t*>(panels) + d * panel_tile, panel_tile, units,
+                g.multiply({from.outliers[f] + (at + r) / g.rows * o_block[f], std::min<int64_t>(g.rows, rows - r) * gemm::kUnitBytes,
+                            reinterpret_cast<const uint8_t*>(panels) + d * panel_tile, panel_tile, units,
                             nullptr, true, y + r * ldc + d * panel::kColumns, ldc, int(std::min<int64_t>(g.rows, rows - r)), int(step), panel::kColumns,
                             w.out_dtype, nullptr, 0});
             }
@@ -319,7 +320,7 @@ void run_weight_only(const Plan& p, const Columns& c, char* memory, const Parall
             }
             const uint8_t* panels = static_cast<const uint8_t*>(w.outliers) + j * tile_bytes;
             for (int64_t r = 0; r < rows; r += g.rows)
-              g.multiply({o.packed[int(g.form)] + r / g.rows * p.o_block[int(g.form)], panels, tile_bytes, units, init, false,
+              g.multiply({o.packed[int(g.form)] + r / g.rows * p.o_block[int(g.form)], std::min<int64_t>(g.rows, rows - r) * gemm::kUnitBytes, panels, tile_bytes, units, init, false,
                           add + r * ldc + j * panel::kColumns, ldc, int(std::min<int64_t>(g.rows, rows - r)), int(here), panel::kColumns, w.out_dtype,
                           nullptr, 0});
           }
