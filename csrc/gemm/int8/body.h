@@ -13,29 +13,37 @@ void multiply_int8(const gemm8::Product& p) {
   int8_rows<4, EFFK_INT8_ROWS, EFFK_INT8_TILES>(p);
 }
 
-void pack_codes(const uint8_t* a, int64_t row_bytes, int rows, int64_t k, int bits, int8_t* to, int32_t* sum) {
-  const int64_t units = gemm8::units(k);
-  for (int r = 0; r < rows; ++r, a += row_bytes) {
-    int32_t total = 0;
-    for (int64_t u = 0; u < units; ++u) {
-      alignas(64) int8_t codes[64] = {};
-      const int64_t k0 = u * 64, count = k - k0 < 64 ? k - k0 : 64;
-      if (bits == 8) {
-        std::memcpy(codes, a + k0, size_t(count));
-      } else {
-        uint8_t pairs[32] = {};
-        std::memcpy(pairs, a + k0 / 2, size_t((count + 1) / 2));
-        for (int i = 0; i < 32; ++i) {
-          codes[2 * i] = int8_t(uint8_t(pairs[i] << 4)) >> 4;
-          codes[2 * i + 1] = int8_t(pairs[i]) >> 4;
-        }
-        if (count < 64) codes[count] = 0;  // the other half of the last byte means nothing
-      }
-      for (int i = 0; i < 64; ++i) total += codes[i];
-      std::memcpy(to + (u * rows + r) * 64, codes, 64);
+// 64 codes from `count` of them; those behind are zero.
+template <int Bits> EFFK_INLINE vi codes_of_unit(const uint8_t* from, int64_t count) {
+  if (Bits == 8 && count == 64) return load_unit(from);
+  alignas(64) int8_t codes[64] = {};
+  if constexpr (Bits == 8) {
+    std::memcpy(codes, from, size_t(count));
+  } else {
+    uint8_t pairs[32] = {};
+    if (count == 64) std::memcpy(pairs, from, 32);
+    else std::memcpy(pairs, from, size_t((count + 1) / 2));
+    for (int i = 0; i < 32; ++i) {
+      codes[2 * i] = int8_t(uint8_t(pairs[i] << 4)) >> 4;
+      codes[2 * i + 1] = int8_t(pairs[i]) >> 4;
     }
-    sum[r] = total;
+    if (count < 64) codes[count] = 0;  // the other half of the last byte means nothing
   }
+  return load_unit(codes);
+}
+template <int Bits> void pack_codes_of(const uint8_t* a, int64_t row_bytes, int rows, int64_t k, int8_t* to, int32_t* sum) {
+  for (int r = 0; r < rows; ++r) {
+    vi total = zero_i();
+    for (int64_t k0 = 0; k0 < k; k0 += 64) {
+      const vi codes = codes_of_unit<Bits>(a + r * row_bytes + k0 * Bits / 8, k - k0 < 64 ? k - k0 : 64);
+      total = add_i(total, sum_s8(codes));
+      store_unit(to + (k0 / 64 * rows + r) * 64, codes);
+    }
+    sum[r] = reduce_add_i(total);
+  }
+}
+void pack_codes(const uint8_t* a, int64_t row_bytes, int rows, int64_t k, int bits, int8_t* to, int32_t* sum) {
+  bits == 8 ? pack_codes_of<8>(a, row_bytes, rows, k, to, sum) : pack_codes_of<4>(a, row_bytes, rows, k, to, sum);
 }
 
 }  // namespace

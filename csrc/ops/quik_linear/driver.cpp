@@ -163,7 +163,11 @@ struct Plan {
                             w.out_dtype, nullptr, 0});
             }
           }
-          g.finish(y, ldc, rows, columns, {shifted(a.y[i], t0 * w.n + n0, a.x_dtype), a.x_dtype, w.n, 1, Activation::none});
+        },
+        [&](int64_t j, int64_t tiles_here, int32_t* c, int64_t ldc) {
+          const int64_t n0 = j * t16::kTileRows;
+          g.finish(reinterpret_cast<float*>(c), ldc, rows, std::min(tiles_here * t16::kTileRows, w.n - n0),
+                   {shifted(a.y[i], t0 * w.n + n0, a.x_dtype), a.x_dtype, w.n, 1, Activation::none});
         });
   }
 };
@@ -418,7 +422,8 @@ void quik_int_matmul(const QuikIntMatmulArgs& a, void* workspace, const Parallel
   over_slots(pf, std::min<int64_t>(pf.threads, items), items, [&](int64_t slot, int64_t item) {
     const int64_t t0 = item % token_tiles * tile, rows = std::min(tile, a.m - t0), j0 = item / token_tiles * chunk;
     gemm8::multiply_tile(k, codes + t0 / k.rows * block, rows, start + t0, {a.packed, a.n, a.k, a.bits_w}, j0, std::min(j0 + chunk, tiles),
-                         reinterpret_cast<int32_t*>(slots + slot * gemm8::sums_bytes(tile, tiles)), [&](int64_t j, int64_t here, int32_t* c, int64_t ldc) {
+                         reinterpret_cast<int32_t*>(slots + slot * gemm8::sums_bytes(tile, tiles)), [](auto...) {},
+                         [&](int64_t j, int64_t here, int32_t* c, int64_t ldc) {
                            const int64_t n0 = j * t16::kTileRows, columns = std::min(here * t16::kTileRows, a.n - n0);
                            for (int64_t r = 0; r < rows; ++r) std::memcpy(a.acc + (t0 + r) * a.n + n0, c + r * ldc, size_t(columns) * 4);
                          });

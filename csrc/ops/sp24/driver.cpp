@@ -108,7 +108,7 @@ void sp24_matmul(const Sp24MatmulArgs& a, void* workspace, const ParallelFor& pf
     for (int64_t n = n0; n < n1; ++n) expand_row(a, n, expanded + (n - n0) / t16::kTileRows * tile_bytes);
     for (int64_t t0 = 0; t0 < a.m; t0 += tile) {
       const int64_t rows = std::min(tile, a.m - t0);
-      gemm8::multiply_tile(k, codes + t0 / k.rows * block, rows, start + t0, {expanded, n1 - n0, a.k, 8}, 0, count, room,
+      gemm8::multiply_tile(k, codes + t0 / k.rows * block, rows, start + t0, {expanded, n1 - n0, a.k, 8}, 0, count, room, [](auto...) {},
                            [&](int64_t j, int64_t here, int32_t* c, int64_t ldc) {
                              const int64_t n = n0 + j * t16::kTileRows, columns = std::min(here * t16::kTileRows, a.n - n);
                              for (int64_t r = 0; r < rows; ++r) std::memcpy(a.acc + (t0 + r) * a.n + n, c + r * ldc, size_t(columns) * 4);
