@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..formats import quik
+from ..formats.quik import QuikWeight
 from ..formats.wq import WqWeight, weight_bytes
-from ..nn import WqLinear
+from ..nn import QuikLinear, WqLinear
 from .calibrate import LayerStats, stream_blocks
 from .layers import Layer, replace_module
 from .plan import LayerPlan, Plan, outlier_count
@@ -52,6 +55,8 @@ def apply_plan(context: Context, handler: Handler, plan: Plan) -> dict[str, Laye
                 layers = list(group)
                 compress(layers, block.statistics(layers, wanted))
     compress([layer for layer in planned if layer.name not in done], {})
+    for layer in planned:
+        handler.finish(context.model.get_submodule(layer.name), plan.layers[layer.name])
     return {layer.name: done[layer.name] for layer in planned}
 
 
@@ -62,44 +67,55 @@ def _compress_layer(
     dense = layer.weight()
     weight = handler.quantize(context, layer, dense, entry, stats)
     _check_against_plan(layer, entry, weight)
-    hessian = None if stats is None else stats.hessian
-    return install_layer(context.model, layer, dense, weight, entry.compute, start, hessian)
+    module = handler.module(weight, layer.module.bias, entry)
+    report = install_layer(context.model, layer, dense, weight, module, start, None if stats is None else stats.hessian)
+    return dataclasses.replace(report, bits_a=entry.options.get("bits_a", 16))
 
 
 def install_layer(
     model: nn.Module,
     layer: Layer,
     dense: Tensor,
-    weight: WqWeight,
-    compute: str,
-    start: float | None = None,
+    weight: WqWeight | QuikWeight,
+    module: WqLinear | QuikLinear,
+    start: float,
     hessian: Tensor | None = None,
 ) -> LayerReport:
-    """Put ``weight`` in the place of ``layer``, whose fp32 weight is ``dense``, after comparing the kernel with it.
+    """Put ``module``, made from ``weight``, in the place of ``layer`` after comparing its kernel with the stored numbers.
+
+    ``dense`` is the layer's fp32 weight.
 
     ``start`` is when the work on the layer began (``time.perf_counter``), ``hessian`` ``sum x^T x`` of its inputs.
 
     Raises:
         RuntimeError: the kernel and the stored weight disagree.
     """
-    start = time.perf_counter() if start is None else start
     restored = weight.dequantize()
-    module = WqLinear.from_weight(weight, layer.module.bias, compute)
-    _self_check(layer.name, module, restored)
+    _self_check(layer.name, module, weight.stored() if isinstance(weight, QuikWeight) else restored)
     replace_module(model, layer.name, module)
     layer.module = None  # the last reference to the dense weight but for ``dense``
+    compute = "float" if isinstance(module, QuikLinear) else module.compute
     return report_on(weight, dense, restored, compute, layer.nbytes, time.perf_counter() - start, hessian)
 
 
 def report_on(
-    weight: WqWeight, dense: Tensor, restored: Tensor, compute: str, before: int, seconds: float, hessian: Tensor | None
+    weight: WqWeight | QuikWeight,
+    dense: Tensor,
+    restored: Tensor,
+    compute: str,
+    before: int,
+    seconds: float,
+    hessian: Tensor | None,
 ) -> LayerReport:
     """The account of one weight; ``before`` is its size in bytes before."""
+    columns = weight.outliers if isinstance(weight, QuikWeight) else 0
+    wq = weight.base if isinstance(weight, QuikWeight) else weight
     return LayerReport(
         bits=weight.bits,
         true_bits=weight.bits_per_weight(),
-        group_size=weight.group_size,
-        outliers=0 if weight.out_val is None else weight.out_val.numel(),
+        group_size=wq.group_size,
+        outliers=0 if wq.out_val is None else wq.out_val.numel(),
+        outlier_columns=columns,
         compute=compute,
         weights=dense.numel(),
         bytes_before=before,
@@ -110,8 +126,14 @@ def report_on(
     )
 
 
-def _check_against_plan(layer: Layer, entry: LayerPlan, weight: WqWeight) -> None:
+def _check_against_plan(layer: Layer, entry: LayerPlan, weight: WqWeight | QuikWeight) -> None:
     weight.validate()
+    if isinstance(weight, QuikWeight):
+        got = {name: getattr(weight, name) for name in ("n", "k", "bits", "outliers", "rotated")}
+        expected = {"n": layer.n, "k": layer.k, "bits": entry.bits, "outliers": entry.options["outlier_columns"]}
+        expected["rotated"] = entry.options["rotated"]
+        _expect_planned(layer, expected, got)
+        return
     got = {
         "n": weight.n,
         "k": weight.k,
@@ -130,12 +152,16 @@ def _check_against_plan(layer: Layer, entry: LayerPlan, weight: WqWeight) -> Non
         "codebook": entry.format not in ("sym", "asym"),
         "outliers": outlier_count(layer.n, layer.k, entry.outliers),
     }
+    _expect_planned(layer, expected, got)
+
+
+def _expect_planned(layer: Layer, expected: Mapping[str, object], got: Mapping[str, object]) -> None:
     if got != expected:
         raise ValueError(f"compress: {layer.name}: expected the planned {expected}, got {got}")
 
 
-def _self_check(name: str, module: WqLinear, restored: Tensor) -> None:
-    """Compare the float kernel on random x with the dequantised weight in float64.
+def _self_check(name: str, module: WqLinear | QuikLinear, restored: Tensor) -> None:
+    """Compare the kernel for unrounded activations on random x with the dequantised weight in float64.
 
     Each output is a sum of at most 2 K products in fp32 (a dense and a sparse one per column), in a fixed order:
     |error| <= (2 K + 4) 2^-24 sum |x w|, the 4 for the roundings of value, zero point, scale and result (Higham,
@@ -143,7 +169,10 @@ def _self_check(name: str, module: WqLinear, restored: Tensor) -> None:
     """
     k = module.in_features
     x = torch.randn(_CHECK_ROWS, k, generator=torch.Generator().manual_seed(0)).to(restored.device)
-    got = torch.ops.effk.wq_linear(x, *module._weight_args(), None, *module._geometry(), "float").double()
+    if isinstance(module, QuikLinear):
+        got = module.product(x, 16, None).double()
+    else:
+        got = torch.ops.effk.wq_linear(x, *module._weight_args(), None, *module._geometry(), "float").double()
     x = x.double()
     for start in range(0, module.out_features, _CHECK_CHUNK):
         rows = slice(start, start + _CHECK_CHUNK)
@@ -170,7 +199,7 @@ def _ratio(error: Tensor, reference: Tensor) -> float:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and persistent buffers; compressed layers count as they are stored, not as packed."""
-    compressed = {name: module for name, module in model.named_modules() if isinstance(module, WqLinear)}
+    compressed = {n: module for n, module in model.named_modules() if isinstance(module, (WqLinear, QuikLinear))}
     total = sum(stored_bytes(module) for module in compressed.values())
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -183,8 +212,11 @@ def model_bytes(model: nn.Module) -> int:
     return total
 
 
-def stored_bytes(module: WqLinear) -> int:
+def stored_bytes(module: WqLinear | QuikLinear) -> int:
     """Bytes of a compressed layer in canonical form, bias included."""
+    if isinstance(module, QuikLinear):
+        bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
+        return bias + quik.weight_bytes(module.out_features, module.in_features, module.bits, module.outliers)
     table = None if module.codebook is None else "shared" if module.codebook.dim() == 1 else "row"
     dense = weight_bytes(
         module.out_features,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..formats.wq import WqWeight
-from ..nn import WqEmbedding, WqTiedHead
+from ..nn import WqEmbedding, WqLinear, WqTiedHead
 from .apply import install_layer, report_on
 from .layers import Layer, replace_module
 from .report import LayerReport
@@ -71,8 +71,9 @@ def compress_embedding(model: nn.Module, pair: EmbeddingPair, compute: str) -> d
         pair.embedding: report_on(weight, dense.float(), restored, compute, size, time.perf_counter() - start, None)
     }
     if pair.own_head is not None and type(head := model.get_submodule(pair.own_head)) is nn.Linear:
-        layer = Layer.of(pair.own_head, head)
-        reports[layer.name] = install_layer(model, layer, layer.weight(), quantize_rows(head.weight), compute)
+        start, layer, weight = time.perf_counter(), Layer.of(pair.own_head, head), quantize_rows(head.weight)
+        module = WqLinear.from_weight(weight, head.bias, compute)
+        reports[layer.name] = install_layer(model, layer, layer.weight(), weight, module, start)
     return reports
 
 

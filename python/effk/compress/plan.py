@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..formats import quik
 from ..formats.wq import BITS, CODEBOOKS, normalize_group_size, weight_bytes
 from .layers import Layer
 
@@ -29,7 +30,8 @@ class LayerPlan:
         bits: 2, 3, 4 or 8 bits per code.
         group_size: 32, 64, 128, 256, or 0 for one group per row.
         format: "sym" (zero point 2**(bits-1)), "asym" (stored zero points), a fixed codebook ("nf2", "nf3", "nf4",
-            "fp4"), or "rows" (one learned table per row).
+            "fp4"), "rows" (one learned table per row), or "quik" (rounded activations and outlier columns; ``options``
+            say how).
         outliers: fraction of the weights kept as sparse fp16, in [0, 0.1].
         compute: "float" or "int8".
         scale_bytes: 2 (fp16) or 4 (fp32).
@@ -51,6 +53,8 @@ class LayerPlan:
 
     def sized(self, layer: Layer) -> LayerPlan:
         """This entry with both byte counts computed for ``layer``."""
+        if self.format == "quik":
+            return dataclasses.replace(self, bytes_before=layer.nbytes, bytes_after=self._quik_bytes(layer))
         codebook = None if self.format in ("sym", "asym") else "row" if self.format == "rows" else "shared"
         after = weight_bytes(
             layer.n,
@@ -71,7 +75,7 @@ class LayerPlan:
             if not ok:
                 raise ValueError(f"plan: {name}: {field_name}: expected {expected}, got {getattr(self, field_name)!r}")
 
-        formats = ("sym", "asym", "rows", *CODEBOOKS)
+        formats = ("sym", "asym", "rows", "quik", *CODEBOOKS)
         expect("bits", type(self.bits) is int and self.bits in BITS, f"one of {BITS}")
         try:
             expect("group_size", normalize_group_size(self.group_size) == self.group_size, "0 for one group per row")
@@ -87,8 +91,23 @@ class LayerPlan:
         if self.format == "rows":
             expect("compute", self.compute == "float", "'float', since a table per row has no int8 form")
         expect("scale_bytes", self.scale_bytes in (2, 4), "2 or 4")
+        if self.format == "quik":
+            for field_name, legal in (
+                ("bits", quik.BITS), ("group_size", (0,)), ("outliers", (0,)), ("compute", ("float",)), ("scale_bytes", (4,)),
+            ):  # fmt: skip
+                expect(field_name, getattr(self, field_name) in legal, f"{' or '.join(map(str, legal))} for 'quik'")
         expect("score", self.score is None or math.isfinite(self.score), "a finite number or null")
         expect("options", isinstance(self.options, Mapping), "an object")
+
+    def _quik_bytes(self, layer: Layer) -> int:
+        columns = self.options.get("outlier_columns")
+        if type(columns) is not int:
+            raise ValueError(f"plan: {layer.name}: options: expected a number of outlier_columns, got {columns!r}")
+        try:
+            quik.check_columns(layer.k, columns, self.bits)
+        except ValueError as error:
+            raise ValueError(f"plan: {layer.name}: {error}") from None
+        return quik.weight_bytes(layer.n, layer.k, self.bits, columns)
 
 
 def outlier_count(n: int, k: int, fraction: float) -> int:

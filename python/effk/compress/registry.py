@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..formats.quik import QuikWeight
 from ..formats.wq import WqWeight
+from ..nn import QuikLinear, WqLinear
 from .calibrate import LayerStats
 from .filters import FilterHandler
 from .layers import Layer
@@ -81,8 +83,15 @@ class Handler(ABC):
     @abstractmethod
     def quantize(
         self, context: Context, layer: Layer, weight: Tensor, entry: LayerPlan, stats: LayerStats | None
-    ) -> WqWeight:
+    ) -> WqWeight | QuikWeight:
         """Compress ``weight`` (fp32 ``[N, K]``) as ``entry`` says; ``stats`` is there if ``statistics`` asked."""
+
+    def module(self, weight: WqWeight | QuikWeight, bias: Tensor | None, entry: LayerPlan) -> WqLinear | QuikLinear:
+        """What takes the layer's place while later layers are calibrated."""
+        return WqLinear.from_weight(weight, bias, entry.compute)
+
+    def finish(self, module: WqLinear | QuikLinear, entry: LayerPlan) -> None:  # noqa: B027  (optional)
+        """Turn on, once all layers are compressed, what calibration was not to see, such as rounded activations."""
 
 
 AnyHandler = Handler | FilterHandler | NetworkHandler

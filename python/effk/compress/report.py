@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ class LayerReport:
         true_bits: bits per weight with scales, zeros, tables and outliers.
         group_size: columns per group, 0 for the whole row.
         outliers: sparse fp16 entries.
+        outlier_columns: input columns stored in 16 bits.
+        bits_a: of the activations that meet the codes; 16: as they come.
         compute: "float" or "int8".
         weights: number of weights.
         bytes_before, bytes_after: stored sizes.
@@ -39,6 +42,8 @@ class LayerReport:
     error: float
     output_error: float | None
     seconds: float
+    outlier_columns: int = 0
+    bits_a: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +103,9 @@ class Report:
         ]
         worst = sorted(self.layers.items(), key=lambda item: -item[1].error)[:3]
         lines += [f"  error {layer.error:.4f}  {name} ({layer.bits} bits)" for name, layer in worst]
+        kinds = Counter((e.bits, e.bits_a, e.outlier_columns) for e in self.layers.values())
+        if any(bits_a < 16 or columns for _, bits_a, columns in kinds):
+            lines += [f"  W{b}A{a}, {columns} outlier columns: {n} layers" for (b, a, columns), n in kinds.items()]
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)

@@ -8,12 +8,14 @@
      "embedding": {"name", "head", "head_bias", the fields above but "bias"} or null,
      "dyad": {module: {"in_features", "out_features", "n_dyad", "variant", "bias", "rank",
                        "weight": null or the fields of a layer but "bias"}},
+     "quik": {module: {"n", "k", "bits", "outliers", "out_dtype", "rotated", "bits_a", "quantizer", "bias"}},
      "weights": {"file", "bytes", "sha256"} or null}
 
 The tensors of a module are stored beside its other ones as ``<module>.qweight``, ``<module>.scales`` and so on, in the
 canonical form (:mod:`effk.formats.wq`); those of a DYAD layer are its parameters, or, for quantised blocks, the
-canonical form of the one matrix that holds both components (:func:`effk.ops.dyad_linear.stacked`). "dyad" may be
-missing. ``recipe`` tells how the model was made; loading does not need it.
+canonical form of the one matrix that holds both components (:func:`effk.ops.dyad_linear.stacked`); those of a
+QUIK layer the canonical form of :mod:`effk.formats.quik`. "dyad" and "quik" may be missing.
+``recipe`` tells how the model was made; loading does not need it.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..formats import quik as quik_format
 from ..formats.wq import state_shapes
-from ..nn import DyadLinear, DyadLowRank, DyadWqLinear, WqEmbedding, WqLinear, WqTiedHead
+from ..nn import DyadLinear, DyadLowRank, DyadWqLinear, QuikLinear, WqEmbedding, WqLinear, WqTiedHead
+from ..nn.quik_linear import ACTIVATION_BITS, QUANTIZERS
 
 QUANT_METHOD = "effk"
 VERSION = 1
 PROVENANCE = "_effk_recipe"  # attribute of a compressed model: the JSON record of its recipe
 _MODULE_FIELDS = {"compute", "bias"}
+_QUIK_FIELDS = {"bits_a", "quantizer", "bias"}
 _EMBEDDING_FIELDS = {"name", "head", "head_bias", "compute"}
 
 
@@ -44,6 +49,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     layers: dict[str, dict[str, Any]] = {}
     embedding: dict[str, Any] | None = None
     dyad: dict[str, dict[str, Any]] = {}
+    quik: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     heads = {id(m._embedding): (name, m) for name, m in model.named_modules() if isinstance(m, WqTiedHead)}
     skip: set[str] = set()
@@ -56,6 +62,13 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if isinstance(module, DyadWqLinear):
             tensors |= {f"{name}.{key}": tensor for key, tensor in module.to_weight().to_state().items()}
             skip |= {f"{name}.{key}" for key in module._buffers if key != "bias"}
+        if isinstance(module, QuikLinear):
+            weight = module.to_weight()
+            tensors |= {f"{name}.{key}": tensor for key, tensor in weight.to_state().items()}
+            skip |= {f"{name}.{key}" for key in module._buffers if key != "bias"}
+            how = {"bits_a": module.bits_a, "quantizer": module.quantizer, "bias": module.bias is not None}
+            quik[name] = weight.geometry() | how
+            fused = fused or module._shared is not None
         if isinstance(module, WqLinear):
             weight = module.to_weight()
             tensors |= {f"{name}.{key}": tensor for key, tensor in weight.to_state().items()}
@@ -70,7 +83,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
             fused = fused or module._shared is not None
             if module.bias is not None:
                 tensors[f"{name}.bias"] = module.bias
-    if not layers and embedding is None and not dyad:
+    if not layers and embedding is None and not dyad and not quik:
         raise ValueError("save: model: expected a model with compressed layers, got none")
     for name, tensor in (*model.named_parameters(), *_persistent_buffers(model)):
         if name not in skip:
@@ -83,6 +96,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "layers": layers,
         "embedding": embedding,
         "dyad": dyad,
+        "quik": quik,
         "weights": None,
     }
     return record, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -113,6 +127,10 @@ def check_record(record: Mapping[str, Any]) -> None:
     _expect("dyad", type(dyad).__name__, isinstance(dyad, dict), "an object")
     for name, fields in dyad.items():
         _check_dyad(name, fields)
+    quik = record.get("quik", {})
+    _expect("quik", type(quik).__name__, isinstance(quik, dict), "an object")
+    for name, fields in quik.items():
+        _check_quik(name, fields)
     weights = record.get("weights")
     if weights is not None:
         legal = isinstance(weights, dict) and {k: type(v) for k, v in weights.items()} == {
@@ -162,6 +180,25 @@ def _check_dyad(name: str, fields: Any) -> None:
         n, k = sides[0], 2 * sides[1] // fields["n_dyad"]
         stacked = (n, k) if fields["variant"] == "it" else (2 * n, k // 2)
         _expect(f"{name}.weight", [weight["n"], weight["k"]], (weight["n"], weight["k"]) == stacked, f"{list(stacked)}")
+
+
+def quik_geometry(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The :meth:`QuikWeight.geometry` part of a QUIK layer's entry."""
+    return {key: value for key, value in fields.items() if key not in _QUIK_FIELDS}
+
+
+def _check_quik(name: str, fields: Any) -> None:
+    legal = isinstance(fields, dict) and set(fields) >= _QUIK_FIELDS
+    _expect(name, type(fields).__name__, legal, f"an object with {sorted(_QUIK_FIELDS)}")
+    try:
+        quik_format.state_shapes(quik_geometry(fields))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"load: quantization_config: {name}: {error}") from None
+    bits_a, quantizer = fields["bits_a"], fields["quantizer"]
+    wide_enough = type(bits_a) is int and bits_a in ACTIVATION_BITS and bits_a >= fields["bits"]
+    _expect(f"{name}.bits_a", bits_a, wide_enough, f"at least {fields['bits']}, of {ACTIVATION_BITS}")
+    _expect(f"{name}.quantizer", quantizer, quantizer in QUANTIZERS, f"one of {QUANTIZERS}")
+    _expect(f"{name}.bias", fields["bias"], type(fields["bias"]) is bool, "a boolean")
 
 
 def _expect(name: str, got: Any, ok: bool, expected: str) -> None:

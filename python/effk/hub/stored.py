@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.wq import WqWeight, state_shapes
-from .record import geometry_of
+from ..formats import quik, wq
+from ..formats.quik import QuikWeight
+from ..formats.wq import WqWeight
+from .record import geometry_of, quik_geometry
 
 
 class StoredWeight(nn.Module):
@@ -19,17 +21,25 @@ class StoredWeight(nn.Module):
     module does not compute.
     """
 
+    weight_type, shapes_of, geometry_of = WqWeight, staticmethod(wq.state_shapes), staticmethod(geometry_of)
+
     def __init__(self, fields: Mapping[str, Any], bias: int | None) -> None:
         """``fields`` is a module's entry of the record; ``bias`` the length of a bias, or None."""
         super().__init__()
-        self.geometry = geometry_of(fields)
-        shapes = state_shapes(self.geometry)
+        self.geometry = self.geometry_of(fields)
+        shapes = self.shapes_of(self.geometry)
         self.geometry_tensors = tuple(shapes)
         for name, (shape, dtype) in shapes.items():
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         self.register_buffer("bias", None if bias is None else torch.empty(bias))
 
-    def to_weight(self) -> WqWeight:
+    def to_weight(self) -> WqWeight | QuikWeight:
         """The weight; raises ValueError if what was loaded is not legal."""
         state: dict[str, Tensor] = {name: self._buffers[name] for name in self.geometry_tensors}
-        return WqWeight.from_state(state, self.geometry)
+        return self.weight_type.from_state(state, self.geometry)
+
+
+class StoredQuikWeight(StoredWeight):
+    """The same of a QUIK layer."""
+
+    weight_type, shapes_of, geometry_of = QuikWeight, staticmethod(quik.state_shapes), staticmethod(quik_geometry)

@@ -10,6 +10,7 @@ from .fftconv import FFTConv, FlashFFTConv
 from .fftconv_decoder import FFTConvDecoder
 from .hyena import HyenaOperator
 from .long_filter import BandLimitedFilter, ExplicitFilter, LongFilter
+from .quik_linear import QuikLinear, QuikMultiLinear
 from .wq_embedding import WqEmbedding, WqTiedHead
 from .wq_linear import WqLinear, WqMultiLinear
 
@@ -26,6 +27,8 @@ __all__ = [
     "FlashFFTConv",
     "HyenaOperator",
     "LongFilter",
+    "QuikLinear",
+    "QuikMultiLinear",
     "WqEmbedding",
     "WqLinear",
     "WqMultiLinear",

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..formats.wq import WqWeight
 from .frozen import FrozenDtypes
+from .siblings import SiblingProducts, may_share
 
 COMPUTE_FORMS = ("float", "int8")
-_SIBLINGS = "_effk_sibling_products"
 
 
 class WqLinear(FrozenDtypes):
@@ -102,7 +102,7 @@ class WqLinear(FrozenDtypes):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` ``[..., in_features]`` to ``[..., out_features]`` of the same dtype."""
-        if self._shared is not None and _may_share(x):
+        if self._shared is not None and may_share(x):
             return self._shared.one(self, x)
         return self.alone(x)
 
@@ -140,23 +140,16 @@ class WqLinear(FrozenDtypes):
         return self.out_features, self.in_features, self.bits, self.group_size
 
 
-class WqMultiLinear(nn.Module):
+class WqMultiLinear(SiblingProducts):
     """Several :class:`WqLinear` over one input in one kernel call: q, k, v, or gate and up.
 
     ``forward(x)`` returns all products. The activations are read and (int8 form) quantised once, and the threads share
-    one region; each product is bit for bit what its layer alone would give.
-
-    :meth:`attach` makes an existing model profit without a change of its code: the first layer, called with a tensor,
-    computes all products and leaves the others' *on that tensor object*, where each is taken, once, when its layer is
-    called with the same object. So nothing outlives the tensor, threads with their own tensors never meet, and whatever
-    does not match (another tensor, an input written to in between, a second call) is computed anew. Where tensors are
-    traced rather than computed (compile, export) or need gradients, every layer works alone. Inference mode counts no
-    writes: there, a model must not write to x between the siblings, which none of the supported ones does.
+    one region; each product is bit for bit what its layer alone would give. :meth:`attach` makes the layers of an existing
+    model share their calls.
     """
 
     def __init__(self, layers: Sequence[WqLinear]) -> None:
         """Raises ValueError unless there are at least two layers with equal ``in_features`` and ``compute``."""
-        super().__init__()
         inputs = {layer.in_features for layer in layers}
         forms = {layer.compute for layer in layers}
         if len(layers) < 2 or len(inputs) != 1 or len(forms) != 1:
@@ -164,15 +157,10 @@ class WqMultiLinear(nn.Module):
                 "WqMultiLinear: layers: expected two or more with one in_features and one compute, "
                 f"got {len(layers)} with {sorted(inputs)} and {sorted(forms)}"
             )
-        self.layers = nn.ModuleList(layers)
+        super().__init__(layers)
         self._rows = [layer.out_features for layer in layers]
         self._bits = [layer.bits for layer in layers]
         self._groups = [layer.group_size for layer in layers]
-
-    def attach(self) -> None:
-        """Make the layers share their work wherever they are called (see the class)."""
-        for layer in self.layers:
-            object.__setattr__(layer, "_shared", self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Products of ``x`` ``[..., in_features]`` with every layer, in order."""
@@ -189,22 +177,3 @@ class WqMultiLinear(nn.Module):
             self._groups,
             first.compute,
         )
-
-    def one(self, layer: WqLinear, x: Tensor) -> Tensor:
-        """The product of ``layer``: left on ``x``, or computed now, by the first layer together with the siblings'."""
-        version = None if x.is_inference() else x._version
-        owner, when, waiting = x.__dict__.get(_SIBLINGS, (None, None, {}))
-        if owner is self and when == version and (product := waiting.pop(id(layer), None)) is not None:
-            if not waiting:
-                x.__dict__.pop(_SIBLINGS, None)  # or copying or saving x would drag this module along
-            return product
-        if layer is not self.layers[0]:  # computing all here again would be waste if nobody came for the others
-            return layer.alone(x)
-        products = {id(member): product for member, product in zip(self.layers, self(x), strict=True)}
-        own = products.pop(id(layer))
-        x.__dict__[_SIBLINGS] = (self, version, products)
-        return own
-
-
-def _may_share(x: Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()))
