@@ -28,7 +28,7 @@ def test_compress_save_load(method: str, name: str, tmp_path: Path) -> None:
     report = effk.compress(model, recipe_types()[method](), calib=token_batches(4))
     assert linear == set(report.layers) | set(report.skipped)
     # quik: 8-bit down projections behind a gate, and 16 of 72 columns in 16 bits
-    nominal, true = (5, 7) if method == "quik" else (4, 5)
+    nominal, true = (5, 8) if method == "quik" else (4, 5)
     assert 2 <= report.nominal_bits <= nominal and 4 < report.true_bits < true
     with torch.no_grad():
         expected = model(IDS).logits
