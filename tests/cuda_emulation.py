@@ -24,6 +24,8 @@ DYAD_KERNELS = [
     *(f"{DENSE}/{name}.cu" for name in ("cuda", "cuda_ffma", "cuda_mma_f16", "cuda_mma_bf16")),
     f"{DYAD}/cuda.cu",
 ]
+QUIK = "csrc/ops/quik_linear"
+QUIK_KERNELS = [f"{QUIK}/{name}.cu" for name in ("cuda", "cuda_float", "cuda_mma_w8", "cuda_mma_w4", "cuda_mma_int4")]
 TIME_LIMIT_S = 120  # of one run of a program: a kernel that hangs is a failure
 
 
@@ -109,6 +111,12 @@ class Build:
         sources = [*DYAD_KERNELS, "csrc/emu/cuemu.cpp", "tests/cuda/driver_dyad.cpp"]
         changed = set(changed)
         return self.link("driver_dyad", [self.object(source, anew=source in changed) for source in sources])
+
+    def quik_driver(self, changed: Iterable[str] = ()) -> Path:
+        """tests/cuda/driver_quik.cpp; ``changed`` files are compiled anew."""
+        sources = [*QUIK_KERNELS, "csrc/emu/cuemu.cpp", "tests/cuda/driver_quik.cpp"]
+        changed = set(changed)
+        return self.link("driver_quik", [self.object(source, anew=source in changed) for source in sources])
 
     def program(self, source: str) -> Path:
         """A program of one file and the emulation."""

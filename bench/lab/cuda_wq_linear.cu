@@ -83,6 +83,7 @@ void variant(int n, int k, int m, int warps, int ranks, bool overlap) {
   p.y = y;
   p.m = m;
   p.k = k;
+  p.ldx = k;
   p.tiles = int(t16::tiles(n));
   p.groups = int(t16::groups(k, 128));
   p.tile_bytes = t16::chunks(k, kBits) * t16::chunk_bytes(kBits);

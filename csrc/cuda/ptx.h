@@ -53,6 +53,13 @@ EFFK_PTX void mma_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t 
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// c[16x8] += a[16x64] b[64x8] for signed 4-bit integers, exact: eight elements a register, the first in the lowest bits,
+// the upper half 32 further on. An instruction of compute capability 8.x; the compiler expands it on later devices, where
+// nothing launches it.
+EFFK_PTX void mma_s4(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile("mma.sync.aligned.m16n8k64.row.col.s32.s4.s4.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};\n"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
 
 // This thread's place in its warp. Volatile: what is computed from it in a loop stays there instead of in registers around it.
 EFFK_PTX int lane_id() {
@@ -135,9 +142,25 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, bool transpose) {
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { ldmatrix(r, row, true); }
 
-inline double mma_value(__half v) { return __half2float(v); }
-inline double mma_value(__nv_bfloat16 v) { return __bfloat162float(v); }
-inline double mma_value(int8_t v) { return v; }
+// Element e of a register, for each type of elements.
+template <class E>
+struct MmaElement {
+  static constexpr int count = 4 / sizeof(E);
+  static double at(uint32_t word, int e) {
+    E v;
+    std::memcpy(&v, reinterpret_cast<const char*>(&word) + e * sizeof(E), sizeof(E));
+    return value(v);
+  }
+  static double value(__half v) { return __half2float(v); }
+  static double value(__nv_bfloat16 v) { return __bfloat162float(v); }
+  static double value(int8_t v) { return v; }
+};
+struct Int4 {};
+template <>
+struct MmaElement<Int4> {
+  static constexpr int count = 8;
+  static double at(uint32_t word, int e) { return int(word >> 4 * e & 15) - int(word >> 4 * e & 8) * 2; }
+};
 
 // m16n8 with P elements of type E a register, k = 8 P. Sums are exact to double and rounded once; a tensor core rounds
 // more often, in an order of its own.
@@ -146,12 +169,8 @@ void mma(C (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char
   struct Arg { C* c; const uint32_t* a; uint32_t b[2]; };
   Arg arg{c, a, {b0, b1}};
   cuemu::warp_collective(0xffffffffu, [](void* const* lanes, uint32_t) {
-    constexpr int P = 4 / sizeof(E), K = 8 * P;
-    const auto element = [](const uint32_t& word, int e) {
-      E v;
-      std::memcpy(&v, reinterpret_cast<const char*>(&word) + e * sizeof(E), sizeof(E));
-      return mma_value(v);
-    };
+    constexpr int P = MmaElement<E>::count, K = 8 * P;
+    constexpr auto element = &MmaElement<E>::at;
     double A[16][K], B[8][K];
     for (int lane = 0; lane < 32; ++lane) {
       const Arg& x = *static_cast<Arg*>(lanes[lane]);
@@ -175,6 +194,7 @@ void mma(C (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const char
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma<__half>(c, a, b0, b1, "mma.m16n8k16.f16"); }
 inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma<__nv_bfloat16>(c, a, b0, b1, "mma.m16n8k16.bf16"); }
 inline void mma_s8(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma<int8_t>(c, a, b0, b1, "mma.m16n8k32.s8"); }
+inline void mma_s4(int (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma<Int4>(c, a, b0, b1, "mma.m16n8k64.s4"); }
 
 inline int lane_id() { return cuemu::cur->lane; }
 

@@ -21,6 +21,7 @@ struct Case {
   DType type = DType::f16;
   bool zeros = false, codebook = false, per_row = false, outliers = false, scales_f32 = false, bias = false;
   int shift_x = 0;  // elements that x starts off alignment
+  int gap = -1;     // elements between rows of x; at 0 and above something is added to the sums
 };
 
 std::string describe(const Case& c) {
@@ -28,13 +29,13 @@ std::string describe(const Case& c) {
          std::to_string(c.k) + " M " + std::to_string(c.m) + (c.type == DType::f16 ? " f16" : " bf16") +
          (c.zeros ? " zeros" : "") + (c.codebook ? c.per_row ? " codebook/row" : " codebook" : "") +
          (c.outliers ? " outliers" : "") + (c.scales_f32 ? " scales32" : "") + (c.bias ? " bias" : "") +
-         (c.shift_x ? " x+" + std::to_string(c.shift_x) : "");
+         (c.shift_x ? " x+" + std::to_string(c.shift_x) : "") + (c.gap >= 0 ? " gap " + std::to_string(c.gap) : "");
 }
 
 // The largest error over its bound: at most 1 is right, NaN counts as infinite.
 double worst(const Case& c, std::mt19937& random) {
   std::normal_distribution<float> normal;
-  const int64_t n = c.n, k = c.k, groups = t16::groups(k, c.group), entries = int64_t(1) << c.bits;
+  const int64_t n = c.n, k = c.k, ldx = k + std::max(c.gap, 0), groups = t16::groups(k, c.group), entries = int64_t(1) << c.bits;
   std::vector<double> w(n * k), w_error(n * k);  // dequantised, and what the kernel may be off by
   std::vector<uint32_t> codes(n * k);
   Buffer<uint8_t> qweight(n * t16::ceil_div(k * c.bits, 8)), zeros(n * groups);
@@ -85,14 +86,16 @@ double worst(const Case& c, std::mt19937& random) {
   std::fill_n(tables.data(), tables.size(), 0.0f);
   for (int64_t i = 0; i < int64_t(codebook.size()); ++i)
     tables[c.per_row ? (i / entries / 16 * entries + i % entries) * 16 + i / entries % 16 : i] = codebook[i];
-  Buffer<uint16_t> out_col(columns.size()), out_val(columns.size()), x(c.m * k, c.shift_x), y(c.m * n);
+  Buffer<uint16_t> out_col(columns.size()), out_val(columns.size()), x(c.m * ldx, c.shift_x), y(c.m * n);
+  Buffer<float> y_in(c.gap >= 0 ? c.m * n : 0);
+  for (size_t i = 0; i < y_in.size(); ++i) y_in[i] = normal(random);
   std::copy(columns.begin(), columns.end(), out_col.data());
   std::copy(values.begin(), values.end(), out_val.data());
   for (size_t i = 0; i < x.size(); ++i) x[i] = encode(normal(random), c.type);
 
   std::fill_n(y.data(), y.size(), uint16_t(0xffff));  // what the kernel does not write stays NaN
   const Mirror<uint8_t> packed_d(packed), zeros_d(zeros_p), scales_d(scales_p);
-  const Mirror<float> tables_d(tables), bias_d(bias);
+  const Mirror<float> tables_d(tables), bias_d(bias), y_in_d(y_in);
   const Mirror<int32_t> out_ptr_d(out_ptr);
   const Mirror<uint16_t> out_col_d(out_col), out_val_d(out_val), x_d(x), y_d(y);
   WqWeight weight{};
@@ -113,7 +116,7 @@ double worst(const Case& c, std::mt19937& random) {
   const auto launched = [](int error) {
     if (error) throw std::runtime_error(cuda::error_text(error));
   };
-  launched(cuda::wq_linear(weight, outliers, x_d.get(), y_d.get(), c.type, c.m, nullptr));
+  launched(cuda::wq_linear(weight, outliers, x_d.get(), y_d.get(), c.type, c.m, nullptr, c.gap >= 0 ? ldx : 0, c.gap >= 0 ? y_in_d.get() : nullptr));
   y_d.fetch();
 
   const double last_place = c.type == DType::f16 ? 0x1p-11 : 0x1p-8;
@@ -125,8 +128,9 @@ double worst(const Case& c, std::mt19937& random) {
   for (int64_t m = 0; m < c.m; ++m)
     for (int64_t row = 0; row < n; ++row) {
       double want = c.bias ? bias[row] : 0.0, magnitude = std::fabs(want), error = 0.0;
+      if (c.gap >= 0) want += y_in[m * n + row], magnitude += std::fabs(y_in[m * n + row]);
       for (int64_t col = 0; col < k; ++col) {
-        const double value = decode(x[m * k + col], c.type), at = w[row * k + col];
+        const double value = decode(x[m * ldx + col], c.type), at = w[row * k + col];
         want += at * value;
         magnitude += (std::fabs(at) + 2 * std::fabs(sparse[row * k + col])) * std::fabs(value);
         error += w_error[row * k + col] * std::fabs(value);
@@ -170,6 +174,7 @@ std::vector<Case> cases() {
     all.push_back({bits, 128, 24, 4160, 2, DType::bf16, true, false, false, true});        // two blocks share K
     all.push_back({bits, 128, 61, 4160, 12, DType::f16, false, false, false, true, false, true});  // four
     all.push_back({bits, 128, 1, 7, 1, DType::f16, false, false, false, false, false, false, 3});
+    all.push_back({bits, 0, 37, 93, 6, DType::bf16, false, false, false, false, true, true, 0, 11});  // what quik_linear does
   }
   return all;
 }

@@ -94,6 +94,8 @@ MUTANTS = [
     Mutant("sums of the last rank dropped", MMA, "for (int q = 0; q < ranks; ++q)", "for (int q = 0; q < ranks - 1; ++q)"),
     Mutant("bias on the first rank only", MMA, "if (p.w.bias) sum +=", "if (p.w.bias && rank == 0) sum +="),
     Mutant("bias of every rank", MMA, "load_float(p.w.bias, p.w.bias_dtype, n)", "ranks * load_float(p.w.bias, p.w.bias_dtype, n)", ci=True),
+    Mutant("rows of x taken as k apart", MMA, "x + token * p.ldx + k;", "x + int64_t(token) * p.k + k;"),
+    Mutant("what is added taken from the first token", MMA, "sum += p.y_in[int64_t(token) * p.w.n + n];", "sum += p.y_in[n];"),
     Mutant("outliers on the first rank only", MMA, "  if (p.w.out_ptr) sum_outliers", "  if (p.w.out_ptr && rank == 0) sum_outliers"),
     Mutant("outliers of a row end one early", MMA, "end = min(p.w.out_ptr[n + 1], p.outliers);", "end = min(p.w.out_ptr[n + 1], p.outliers) - 1;", ci=True),
     Mutant("shuffles start at distance 8", MMA, "int distance = 16; distance;", "int distance = 8; distance;"),
@@ -106,7 +108,7 @@ MUTANTS = [
     Mutant("tiles beyond N not masked", MMA, "p.tile_bytes && tile0 + tile < p.tiles;", "p.tile_bytes;", sanitized=True),
     Mutant("shared memory 64 bytes short", MMA, "plan.smem = smem(plan.warps);", "plan.smem = smem(plan.warps) - 64;", sanitized=True),
     Mutant("one panel short", MMA, "int(t16::ceil_div(p.tiles, S::tiles));", "std::max(1, p.tiles / S::tiles);"),
-    Mutant("rows of x off alignment copied as if on it", CUDA, " && w.k % (kAlignment / 2) == 0;", ";"),
+    Mutant("rows of x off alignment copied as if on it", CUDA, " && args.ldx % (kAlignment / 2) == 0;", ";"),
     Mutant("x off alignment copied as if on it", CUDA, "reinterpret_cast<uintptr_t>(x) % kAlignment == 0 && ", "", ci=True),
     # fragments, codes, scales
     Mutant("registers of a swapped", MMA, "{upper[0], lower[0], upper[1], lower[1]}", "{upper[0], upper[1], lower[0], lower[1]}", ci=True),

@@ -36,12 +36,14 @@ __global__ void mma_float(const uint32_t* in, uint32_t* out) {
   else ptx::mma_bf16(c, a, v[4], v[5]);
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = __float_as_uint(c[i]);
 }
-__global__ void mma_int8(const uint32_t* in, uint32_t* out) {
+template <int kBits>
+__global__ void mma_int(const uint32_t* in, uint32_t* out) {
   const int lane = threadIdx.x;
   const uint32_t* const v = in + lane * 6;
   const uint32_t a[4] = {v[0], v[1], v[2], v[3]};
   int c[4] = {1, -2, 3, lane};
-  ptx::mma_s8(c, a, v[4], v[5]);
+  if (kBits == 8) ptx::mma_s8(c, a, v[4], v[5]);
+  else ptx::mma_s4(c, a, v[4], v[5]);
   for (int i = 0; i < 4; ++i) out[lane * 4 + i] = uint32_t(c[i]);
 }
 template <bool kTranspose>
@@ -172,7 +174,8 @@ int main() {
   print("mma_bf16_integers", run(mma_float<1>, numbers(kLanes * 6, 2, true, true), kLanes * 4));
   print("mma_f16", run(mma_float<0>, numbers(kLanes * 6, 3, false, false), kLanes * 4));
   print("mma_bf16", run(mma_float<1>, numbers(kLanes * 6, 4, true, false), kLanes * 4));
-  print("mma_s8", run(mma_int8, random_words(kLanes * 6, 5), kLanes * 4));
+  print("mma_s8", run(mma_int<8>, random_words(kLanes * 6, 5), kLanes * 4));
+  print("mma_s4", run(mma_int<4>, random_words(kLanes * 6, 15), kLanes * 4));
   print("ldmatrix", run(matrices<false>, random_words(kLanes * 4, 6), kLanes * 4));
   print("ldmatrix_trans", run(matrices<true>, random_words(kLanes * 4, 7), kLanes * 4));
   print("shuffles", run(shuffles, random_words(kLanes, 8), kLanes * 4));

@@ -19,7 +19,7 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.txt"))
 if more := os.environ.get("EFFK_TEST_PRIMITIVES"):
     GOLDEN.append(Path(more))
 NAMES = (
-    "mma_f16_integers", "mma_bf16_integers", "mma_f16", "mma_bf16", "mma_s8", "ldmatrix", "ldmatrix_trans", "shuffles",
+    "mma_f16_integers", "mma_bf16_integers", "mma_f16", "mma_bf16", "mma_s8", "mma_s4", "ldmatrix", "ldmatrix_trans", "shuffles",
     "bits", "fma_f16", "fma_bf16", "lanes", "cp_async", "cluster",
 )  # fmt: skip
 # Tensor cores add the 16 products and the sum they continue in an order and with a width of their own. The numbers lie below

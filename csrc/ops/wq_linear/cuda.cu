@@ -132,7 +132,7 @@ int log2_group(int group) { return group == 0 ? 30 : group == 32 ? 5 : group == 
 
 }  // namespace
 
-int wq_linear(const WqWeight& w, int outliers, const void* x, void* y, DType dtype, int m, Stream stream) {
+int wq_linear(const WqWeight& w, int outliers, const void* x, void* y, DType dtype, int m, Stream stream, int64_t ldx, const float* y_in) {
   Device device;
   const cudaError_t e = current_device(device);
   if (e != cudaSuccess) return int(e);
@@ -146,8 +146,10 @@ int wq_linear(const WqWeight& w, int outliers, const void* x, void* y, DType dty
   args.groups = int(t16::groups(w.k, w.group));
   args.tile_bytes = t16::chunks(w.k, w.bits) * t16::chunk_bytes(w.bits);
   args.outliers = outliers;
+  args.ldx = ldx ? ldx : w.k;
+  args.y_in = y_in;
   args.group_shift = log2_group(w.group);
-  args.x_aligned = reinterpret_cast<uintptr_t>(x) % kAlignment == 0 && w.k % (kAlignment / 2) == 0;
+  args.x_aligned = reinterpret_cast<uintptr_t>(x) % kAlignment == 0 && args.ldx % (kAlignment / 2) == 0;
   const auto s = static_cast<cudaStream_t>(stream);
   switch (w.bits) {
     case 2: return int(launch_mma<2>(args, dtype, device, s));

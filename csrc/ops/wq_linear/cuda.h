@@ -18,9 +18,11 @@ constexpr int64_t kMaxColumns = 1 << 24;  // K: offsets inside a panel of rows f
 constexpr int kAlignment = 16;            // of packed, scales and zeros (copies of 16 bytes); x may lie anywhere
 
 // y = x W^T + sparse + bias for 1 <= m <= kMaxRows, n >= 1, x and y fp16 or bf16.
+// Rows of x are ldx elements apart (0: k); y_in, fp32 [m, n] or null, is added before the bias.
 // Integer codes are exact in 16 bits. A codebook entry is split into two parts of x's type, which leaves an error of at
 // most 2^-16 of it for bf16, and of 2^-21 of it plus 2^-25 for fp16.
-int wq_linear(const WqWeight& w, int outliers, const void* x, void* y, DType dtype, int m, Stream stream);
+int wq_linear(const WqWeight& w, int outliers, const void* x, void* y, DType dtype, int m, Stream stream, int64_t ldx = 0,
+              const float* y_in = nullptr);
 
 // out[n, k] = W with its outliers, in `dtype`: one fp32 product each, rounded once; then the outlier added, rounded again.
 int wq_dequantize(const WqWeight& w, int outliers, void* out, DType dtype, Stream stream);

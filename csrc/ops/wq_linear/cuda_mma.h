@@ -150,7 +150,7 @@ struct Loader {
     for (int i = lane; i < p.m * (kXBytes / 16); i += 32) {
       const int token = i / (kXBytes / 16), piece = i % (kXBytes / 16), k = k0 + 8 * piece;
       unsigned char* const at = to + token * kXBytes + x_offset(token, piece / 4) + piece % 4 * 16;
-      const T* const from = x + int64_t(token) * p.k + k;
+      const T* const from = x + token * p.ldx + k;
       const int count = max(0, min(8, p.k - k));
       if (p.x_aligned) {
         ptx::cp_async16(at, count ? from : x, 2 * count);
@@ -194,7 +194,7 @@ __device__ void sum_outliers(float* sparse, const MmaArgs& p, int row0, int firs
       for (int j = begin + lane; j < end; j += 32) {
         const int64_t c = p.w.col32 ? static_cast<const int32_t*>(p.w.out_col)[j] : static_cast<const uint16_t*>(p.w.out_col)[j];
         const float v = to_float(reinterpret_cast<const __half*>(p.w.out_val)[j]);
-        sum += c >= 0 && c < p.k ? v * to_float(x[int64_t(token) * p.k + c]) : __uint_as_float(0x7fc00000u);
+        sum += c >= 0 && c < p.k ? v * to_float(x[token * p.ldx + c]) : __uint_as_float(0x7fc00000u);
       }
       for (int distance = 16; distance; distance /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, distance);
       if (lane == 0) sparse[token * S::tiles * t16::kTileRows + row] = sum;
@@ -355,6 +355,7 @@ __global__ void __launch_bounds__(S::max_warps * 32, S::blocks) mma_kernel(const
       for (int q = 0; q < ranks; ++q) sum += ptx::cluster_peer(sums, q)[token * kRows + row];
     }
     if (p.w.out_ptr) sum += sparse[token * kRows + row];
+    if (p.y_in) sum += p.y_in[int64_t(token) * p.w.n + n];
     if (p.w.bias) sum += load_float(p.w.bias, p.w.bias_dtype, n);
     from_float(y[int64_t(token) * p.w.n + n], sum);
   }

@@ -10,7 +10,8 @@ struct MmaArgs {
   const void* x;
   void* y;
   int m, k, tiles, groups;
-  int64_t tile_bytes;
+  int64_t tile_bytes, ldx;  // elements from one row of x to the next
+  const float* y_in;  // [m, n], added before the bias, or null
   int outliers;       // entries of out_col and out_val
   int group_shift;    // log2 of the group; 30: one group a row
   bool x_aligned;     // rows of x start at multiples of 16 bytes
