@@ -87,7 +87,7 @@ TORCH_SHIM = {
     "aoti_torch_new_uninitialized_tensor",
     "aoti_torch_library_init_def", "aoti_torch_library_init_impl", "aoti_torch_new_tensor_handle",
     "torch_call_dispatcher", "torch_delete_list", "torch_delete_string", "torch_from_blob",
-    "torch_get_const_data_ptr", "torch_get_mutable_data_ptr", "torch_get_num_threads", "torch_library_impl", "torch_list_get_item",
+    "torch_get_const_data_ptr", "torch_get_mutable_data_ptr", "torch_get_num_threads", "torch_library_impl", "torch_list_get_item", "torch_new_string_handle",
     "torch_list_push_back", "torch_list_size", "torch_new_list_reserve_size", "torch_parallel_for",
     "torch_string_c_str", "torch_string_length",
 }  # fmt: skip

@@ -257,6 +257,29 @@ def dyad_bars(bench: dict[str, object]) -> list[str]:
     return lines
 
 
+# Of the fused layer over cuBLAS fp16 at 2048 rows, 8192 x 8192; the quantiser over its steps in torch.
+QUIK_BAR, QUANTIZE_BAR = 1.6, 1.3
+
+
+def quik_bars(bench: dict[str, object]) -> list[str]:
+    """The same for quik_linear."""
+    lines = []
+    for row in bench["rows"]:
+        s = row["shape"]
+        text = (
+            f"W{s['bits_w']}A{s['bits_a']}, M {s['M']}, {s['N']}x{s['K']}, {s['outliers']} outliers: {row['vs_best']}"
+        )
+        if row["case"] == "fused, fp16 cuBLAS" and (s["M"], s["N"], s["K"], s["bits_a"]) == (2048, 8192, 8192, 8):
+            verdict = "met   " if row["vs_best"] >= QUIK_BAR else "MISSED"
+            lines.append(f"{verdict}  quik_linear, {text} times cuBLAS fp16, bar {QUIK_BAR}")
+        if row["case"].startswith("quantize") and s["N"] == s["K"] == 8192 and s["outliers"]:
+            verdict = "met   " if row["vs_best"] >= QUANTIZE_BAR else "MISSED"
+            lines.append(f"{verdict}  quik_quantize, {text} times the steps in torch, bar {QUANTIZE_BAR}")
+    worst = max((r["match"] for r in bench["rows"] if r["match"] is not None), default=0.0)
+    lines.append(f"{'met   ' if worst <= 1.0 else 'MISSED'}  quik_linear, largest error over its bound: {worst:.3f}")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=BUILD / "results", help="folder for the results")
@@ -289,6 +312,7 @@ def main() -> int:
         120,
     )
     check.run("build_driver_dyad", [nvcc(check, "driver_dyad", "tests/cuda/driver_dyad.cpp", libraries=[kernels])], 120)
+    check.run("build_driver_quik", [nvcc(check, "driver_quik", "tests/cuda/driver_quik.cpp", libraries=[kernels])], 120)
     check.run(
         "primitives",
         [nvcc(check, "primitives", "tests/cuda/primitives.cu"), [str(BUILD / "primitives")]],
@@ -299,6 +323,7 @@ def main() -> int:
     check.run("driver", [[str(BUILD / "driver")]], 60)
     check.run("driver_fftconv", [[str(BUILD / "driver_fftconv")]], 60)
     check.run("driver_dyad", [[str(BUILD / "driver_dyad"), "large"]], 60)
+    check.run("driver_quik", [[str(BUILD / "driver_quik")]], 60)
     if args.lab:
         check.run("lab", [nvcc(check, "lab", "bench/lab/cuda_wq_linear.cu"), [str(BUILD / "lab")]], 150)
         lab = nvcc(check, "lab_fftconv", "bench/lab/cuda_fftconv.cu", libraries=[kernels])
@@ -333,6 +358,18 @@ def main() -> int:
         ],
         120,
     )
+    quik_ok = check.run(
+        "bench_quik",
+        [
+            [
+                sys.executable,
+                "tools/gpu_bench_quik.py",
+                str(args.out / "bench_quik.json"),
+                *(["--quick"] if args.quick else []),
+            ]
+        ],
+        120,
+    )
     if sanitizer := shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer"):
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
             check.run(
@@ -340,7 +377,7 @@ def main() -> int:
                 [[sanitizer, "--tool", tool, "--error-exitcode", "3", str(BUILD / "driver"), "4"]],
                 60,
             )
-            for op in ("fftconv", "dyad"):
+            for op in ("fftconv", "dyad", "quik"):
                 program = str(BUILD / f"driver_{op}")
                 check.run(
                     f"sanitizer_{tool}_{op}",
@@ -367,6 +404,10 @@ def main() -> int:
         lines = dyad_bars(json.loads((args.out / "bench_dyad.json").read_text()))
         report["bars"] = [*report.get("bars", []), *lines]
         sections += ["\n".join(lines), (args.out / "bench_dyad.log").read_text()]
+    if quik_ok:
+        lines = quik_bars(json.loads((args.out / "bench_quik.json").read_text()))
+        report["bars"] = [*report.get("bars", []), *lines]
+        sections += ["\n".join(lines), (args.out / "bench_quik.log").read_text()]
     for step in check.steps:
         if step["verdict"] not in ("ok", "skipped"):
             sections.append(f"---- {step['step']}: {step['verdict']}\n{check.tail(str(step['step']), 40)}")

@@ -22,6 +22,7 @@ from cuda_emulation import (  # noqa: E402
     FFTCONV,
     OP,
     ORDERS,
+    QUIK,
     ROOT,
     SANITIZE,
     Build,
@@ -37,6 +38,8 @@ FUSED, OUTER, FFT32, TABLES, ROWS, FFT = (
 )
 PROBLEM, TILE = "csrc/cuda/gemm_problem.h", "csrc/cuda/mma_tile.h"
 GEMM, FFMA, DENSE_CU, DYAD_CU = f"{DENSE}/cuda_mma.h", f"{DENSE}/cuda_ffma.cu", f"{DENSE}/cuda.cu", f"{DYAD}/cuda.cu"
+QUIK_MMA, QUIK_CU, QUIK_FLOAT = f"{QUIK}/cuda_mma.h", f"{QUIK}/cuda.cu", f"{QUIK}/cuda_float.cu"
+QUIK_FILES = [f"{QUIK}/cuda_mma_{name}.cu" for name in ("w8", "w4", "int4")]
 MMA_FILES = [f"{DENSE}/cuda_mma_{name}.cu" for name in ("f16", "bf16")]
 
 
@@ -63,8 +66,15 @@ class Mutant:
         return self.file.startswith((DENSE, DYAD, "csrc/cuda/"))
 
     @property
+    def quik(self) -> bool:
+        """Whether it is quik_linear's; its driver has no widths either."""
+        return self.file.startswith(QUIK)
+
+    @property
     def changed(self) -> list[str]:
         """The sources that contain the file."""
+        if self.quik:
+            return QUIK_FILES if self.file == QUIK_MMA else [self.file]
         if self.dyad:
             kernels = {PROBLEM: [*MMA_FILES, FFMA], TILE: MMA_FILES, GEMM: MMA_FILES}
             return kernels.get(self.file, [self.file])
@@ -214,6 +224,61 @@ MUTANTS = [
     Mutant("dyad: one tile short", PROBLEM, "return {(m + bm - 1) / bm, (n + bn - 1) / bn};", "return {m > bm ? m / bm : 1, (n + bn - 1) / bn};"),
     Mutant("dyad: last tiles of a group of eight", PROBLEM, "min(kGroup, tiles.m - group * kGroup)", "kGroup"),
     Mutant("dyad: activation before the bias", PROBLEM, "v += load_scalar(p.bias", "v = activate(v, p.act) + load_scalar(p.bias"),
+    # quik_linear: barriers and copies
+    Mutant("quik: wait one group too weak", QUIK_MMA, "cp_async_wait<S::stages - 2>()", "cp_async_wait<S::stages - 1>()", ci=True),
+    Mutant("quik: no barrier after a stage's copies", QUIK_MMA, "    __syncthreads();  // every thread's", "    // every thread's"),
+    Mutant("quik: results replace the ring too early", QUIK_MMA, "      __syncthreads();\n      const int own", "      const int own"),
+    Mutant("quik: rows leave before they are complete", QUIK_MMA, "lane);\n      __syncthreads();\n      store_rows", "lane);\n      store_rows"),
+    Mutant("quik: no barrier after the staged rows", QUIK_CU, "    __syncthreads();\n    x = to", "    x = to"),
+    Mutant("quik: no barrier before the warps' ranges are read", QUIK_CU, "wrong[warp] = any;\n  __syncthreads();", "wrong[warp] = any;"),
+    # quik_linear: operands
+    Mutant("quik: sign of 8-bit codes", QUIK_MMA, "? 0x80808080u : 0x88888888u;", "? 0x80808000u : 0x88888888u;"),
+    Mutant("quik: sign of 4-bit codes as they are", QUIK_MMA, "? 0x80808080u : 0x88888888u;", "? 0x80808080u : 0x88888880u;"),
+    Mutant("quik: sign of widened codes", QUIK_MMA, "second[r] = (v[r] & 0xf0f0f0f0u) ^ 0x80808080u;", "second[r] = v[r] & 0xf0f0f0f0u;", ci=True),
+    Mutant("quik: halves of a byte exchanged", QUIK_MMA, "first[r] = (v[r] << 4 & 0xf0f0f0f0u)", "first[r] = (v[r] & 0xf0f0f0f0u)"),
+    Mutant("quik: steps of a stage exchanged", QUIK_MMA, "rows(2 * t + step, v);", "rows(2 * t + 1 - step, v);"),
+    Mutant("quik: chunks read where they do not lie", QUIK_MMA, "tile + unit_place<kOperands>(4 * unit + g % 4)", "tile + (4 * unit + g % 4) * 16"),
+    Mutant("quik: sixteen times the integers", QUIK_MMA, "kOperands == Operands::w4 ? 4 : 0;", "0;"),
+    Mutant("quik: first pair of tiles twice", QUIK_MMA, "(S::wm / 16) + 2 * pair + g / 4)", "(S::wm / 16) + g / 4)"),
+    Mutant("quik: lines of outliers as they lie", QUIK_MMA, "return line / 32 * 32 + g / 4 * 16 + g % 4 * 4 + 2 * second + half;", "return line;"),
+    Mutant("quik: order of nibbles", QUIK_CU, "q.form == Form::units ? e % 4 * 2 + e / 4 : e;", "e;"),
+    Mutant("quik: order of nibbles when repacked", QUIK_CU, "(code & 15) << 4 * (e % 4 * 2 + e / 4)", "(code & 15) << 4 * e"),
+    Mutant("quik: nibbles not extended when repacked", QUIK_CU, "(((code & 15) ^ 8) - 8) & 255", "code & 15"),
+    # quik_linear: ranges, scales and sums
+    Mutant("quik: range of the block instead of the row", QUIK_CU, "for (int w = team * warps; w < (team + 1) * warps; ++w)", "for (int w = 0; w < kThreads / 32; ++w)"),
+    Mutant("quik: range of one warp of the row", QUIK_CU, "w < (team + 1) * warps; ++w)", "w <= team * warps; ++w)", ci=True),
+    Mutant("quik: shuffles start at distance 8", QUIK_CU, "int distance = 16; distance;", "int distance = 8; distance;"),
+    Mutant("quik: outliers not asked whether they are finite", QUIK_CU, "      bad = bad || !(fabsf(widen(v)) < INFINITY);\n      static_cast", "      static_cast"),
+    Mutant("quik: index out of range followed", QUIK_CU, "return c < 0 || c >= k ? 0 : c;", "return c;", sanitized=True),
+    Mutant("quik: index out of range forgiven", QUIK_CU, "    bad = bad || c < 0 || c >= k;\n", ""),
+    Mutant("quik: zero point not an integer", QUIK_CU, "shift = rintf(-lo / scale);", "shift = -lo / scale;"),
+    Mutant("quik: code of the largest value wraps", QUIK_CU, "fminf(fmaxf(u, 0.0f), levels)", "fmaxf(u, 0.0f)"),
+    Mutant("quik: rows scaled by a quotient", QUIK_CU, "rintf((v - zero) * inverse)", "truncf((v - zero) * inverse)"),
+    Mutant("quik: no correction", QUIK_MMA, "offset * reduced[r]);", "0.0f * reduced[r]);", ci=True),
+    Mutant("quik: correction without the half range", QUIK_MMA, "fmaf(p.half, s, p.zero[row])", "p.zero[row]"),
+    Mutant("quik: the epilogue alone without the half range", QUIK_CU, "fmaf(d.half, s, d.zero[row])", "d.zero[row]"),
+    Mutant("quik: bias of the first columns", QUIK_MMA, "p.bias_type, feature0 + column + e)", "p.bias_type, column + e)"),
+    Mutant("quik: words of packed outliers not compared", QUIK_MMA, "known = known && p.header[i] == p.expected[i];", "known = known && p.header[i] == p.header[i];"),
+    Mutant("quik: last tiles of a group of eight", QUIK_MMA, "const int columns = min(kGroup, tiles_n - group * kGroup);", "const int columns = kGroup;"),
+    Mutant("quik: every 33rd outlier left out", QUIK_FLOAT, "j < o.split.n_out; j += 32) {", "j < o.split.n_out; j += 33) {"),
+    Mutant("quik: the first eight rows again", QUIK_FLOAT, "token0 = int64_t(blockIdx.y) * kTokens;", "token0 = 0;"),
+    Mutant("quik: outliers of the written weight one off", QUIK_FLOAT, "row * a.ld + j - a.n_base);", "row * (a.ld - 1) + j - a.n_base);"),
+    # quik_linear: guards and tails
+    Mutant("quik: tiles beyond N not masked", QUIK_MMA, "from < a.tile_bytes && tile0 + tile < a.tiles;", "from < a.tile_bytes;", sanitized=True),
+    Mutant("quik: units beyond K not masked", QUIK_MMA, "from < a.tile_bytes && tile0 + tile < a.tiles;", "tile0 + tile < a.tiles;", sanitized=True),
+    Mutant("quik: tokens beyond M not masked", QUIK_MMA, "const bool inside = token0 + token < a.p.m;", "const bool inside = true;", sanitized=True),
+    Mutant("quik: outliers of tokens beyond M not masked", QUIK_MMA, "a.p.x_out, token, token < a.p.m);", "a.p.x_out, token, true);", sanitized=True),
+    Mutant("quik: outliers of features beyond N not masked", QUIK_MMA, "a.p.w_out, feature, feature < a.p.n);", "a.p.w_out, feature, true);", sanitized=True),
+    Mutant("quik: outliers beyond the last not masked", QUIK_MMA, "const bool there = inside && k < a.p.out_ld;", "const bool there = inside;"),
+    Mutant("quik: rows beyond M stored", QUIK_MMA, "int(min(int64_t(kResultRows<S>), p.m - token0))", "kResultRows<S>", sanitized=True),
+    Mutant("quik: columns beyond N stored", QUIK_MMA, "        if (column + e >= columns) continue;\n", "", sanitized=True),
+    Mutant("quik: wide stores to rows off alignment", QUIK_MMA, "p.n % 4 == 0 && ", "", sanitized=True),
+    Mutant("quik: scale beyond N read", QUIK_MMA, "const bool inside = first + r < p.n;", "const bool inside = true;", sanitized=True),
+    Mutant("quik: shared memory 64 bytes short", QUIK_MMA, "at.smem = S::stages * kSlot<S>;", "at.smem = S::stages * kSlot<S> - 64;", sanitized=True),
+    Mutant("quik: staged rows 16 bytes short", QUIK_CU, "at.smem = staged ? size_t(bytes(rows)) : 0;", "at.smem = staged ? size_t(bytes(rows)) - 16 : 0;", sanitized=True),
+    Mutant("quik: rows off alignment staged as if on it", QUIK_CU, "int(reinterpret_cast<uintptr_t>(from) % 16 / sizeof(T));", "0;"),
+    Mutant("quik: codes of columns behind the last", QUIK_CU, "if (j >= base || any) return 0;", "if (any) return 0;", sanitized=True),
+    Mutant("quik: words stored to rows off alignment", QUIK_CU, "% 4 == 0 && q.row_bytes % 4 == 0;", "% 4 == 0;", sanitized=True),
     Mutant("dyad: rows of a packed weight not padded", DENSE_CU, "row = i / p.ld, column = i % p.ld;", "row = i / p.d_in, column = i % p.d_in;"),
 ]  # fmt: skip
 
@@ -237,7 +302,13 @@ def prepare(folder: Path, mutants: list[Mutant]) -> str:
         for order in ORDERS:
             if (result := run(program, "quick", order=order)).returncode != 0:
                 return f"dyad without a planted bug, order {order}:\n{result.stdout}{result.stderr}"
-    for bits, sanitized in sorted({(m.bits, m.sanitized) for m in mutants if not m.fftconv and not m.dyad}):
+    for sanitized in sorted({m.sanitized for m in mutants if m.quik}):
+        program = originals(folder, sanitized).quik_driver()
+        for order in ORDERS:
+            if (result := run(program, "quick", order=order)).returncode != 0:
+                return f"quik without a planted bug, order {order}:\n{result.stdout}{result.stderr}"
+    others = [m for m in mutants if not (m.fftconv or m.dyad or m.quik)]
+    for bits, sanitized in sorted({(m.bits, m.sanitized) for m in others}):
         program = originals(folder, sanitized).driver([bits])
         for order in ORDERS:
             if (result := run(program, bits, order=order)).returncode != 0:
@@ -260,11 +331,13 @@ def plant(folder: Path, mutant: Mutant, *, first: bool = False) -> str:
         copy.write_text(text.replace(mutant.old, mutant.new))
         base = originals(folder, mutant.sanitized)
         build = Build(place, base.flags, base)
-        if mutant.dyad or mutant.fftconv:
+        cases: object = "quick"
+        if mutant.quik:
+            program = build.quik_driver(mutant.changed)
+        elif mutant.dyad or mutant.fftconv:
             program = build.dyad_driver(mutant.changed) if mutant.dyad else build.fftconv_driver(mutant.changed)
         else:
-            program = build.driver([mutant.bits], mutant.changed)
-        cases = "quick" if mutant.fftconv or mutant.dyad else mutant.bits
+            program, cases = build.driver([mutant.bits], mutant.changed), mutant.bits
         caught = (order for order in ORDERS if run(program, cases, order=order).returncode != 0)
         return next(caught, "") if first else " ".join(caught)
     finally:

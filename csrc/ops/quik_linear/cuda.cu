@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(kThreads, 6) repack_kernel(const uint8_t* code
     if (j >= columns) break;
     const uint32_t byte = codes[row * ld + (packed ? j / 2 : j)], code = packed ? byte >> 4 * (j % 2) : byte;
     if (units) word |= (code & 15) << 4 * (e % 4 * 2 + e / 4);
-    else word |= (packed ? ((code & 15) ^ 8) - 8 & 255 : code) << 8 * e;
+    else word |= (packed ? (((code & 15) ^ 8) - 8) & 255 : code) << 8 * e;
   }
   out[i] = word;
 }

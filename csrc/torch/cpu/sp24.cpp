@@ -1,36 +1,15 @@
 // CPU binding of the sp24_* ops: checks the arguments, allocates, and calls ops/sp24.
-#include "ops/sp24/sp24.h"
+#include "torch/sp24_args.h"
 
-#include <string>
 #include <tuple>
-
-#include "ops/quik_linear/quik_linear.h"
-#include "torch/check.h"
-#include "torch/tensor.h"
 
 namespace effk::binding {
 namespace {
 
-Sp24 parse_pattern(const char* op, const std::string& pattern) {
-  if (pattern == "2:4") return Sp24::elements;
-  EFFK_CHECK(pattern == "pair4:8", op, ": pattern: expected '2:4' or 'pair4:8', got '", pattern, "'");
-  return Sp24::pairs;
-}
-void check_width(const char* op, Sp24 pattern, int64_t k) {
-  EFFK_CHECK(k >= sp24_period(pattern) && k % sp24_period(pattern) == 0 && k <= kQuikMaxBase, op, ": k: expected a multiple of ",
-             sp24_period(pattern), " up to ", kQuikMaxBase, ", got ", k);
-}
-// An int8 matrix of at least one column.
-View matrix(const Arg& arg, const Tensor& t) {
-  const View v(t);
-  if (v.dim != 2 || v.dtype != dtypes().i8 || v.sizes[1] < 1 || !v.contiguous || !(v.home == kCpu)) arg.fail("int8 [rows, columns], contiguous, on cpu", v.text());
-  return v;
-}
-
 std::tuple<Tensor, Tensor> compress(const Tensor& w, const std::string& pattern) {
   constexpr const char* op = "sp24_compress";
   const Sp24 p = parse_pattern(op, pattern);
-  const View view = matrix(Arg{op, "w"}, w);
+  const View view = int8_matrix(Arg{op, "w"}, w);
   const int64_t n = view.sizes[0], k = view.sizes[1];
   check_width(op, p, k);
   Tensor values = result({n, k / 2}, dtypes().i8), meta = result({n, sp24_meta_bytes(p, k)}, dtypes().u8);
@@ -38,14 +17,6 @@ std::tuple<Tensor, Tensor> compress(const Tensor& w, const std::string& pattern)
   if (!sp24_compress(view.data<int8_t>(), n, k, p, static_cast<int8_t*>(values.mutable_data_ptr()), static_cast<uint8_t*>(meta.mutable_data_ptr()), &row))
     Arg{op, "w"}.fail("rows of the pattern " + pattern, "more columns that are not zero in row " + std::to_string(row));
   return {values, meta};
-}
-
-// values and meta of k columns; the number of rows.
-int64_t check_halves(const char* op, Sp24 pattern, const View& values, const View& meta, int64_t k) {
-  check_width(op, pattern, k);
-  expect(Arg{op, "values"}, values, {dtypes().i8}, {values.dim ? values.sizes[0] : 0, k / 2});
-  expect(Arg{op, "meta"}, meta, {dtypes().u8}, {values.sizes[0], sp24_meta_bytes(pattern, k)});
-  return values.sizes[0];
 }
 
 Tensor decompress(const Tensor& values, const Tensor& meta, int64_t k, const std::string& pattern) {
@@ -61,7 +32,7 @@ Tensor decompress(const Tensor& values, const Tensor& meta, int64_t k, const std
 Tensor matmul(const Tensor& qx, const Tensor& values, const Tensor& meta, const std::string& pattern) {
   constexpr const char* op = "sp24_matmul";
   const Sp24 p = parse_pattern(op, pattern);
-  const View x = matrix(Arg{op, "qx"}, qx), v(values), m(meta);
+  const View x = int8_matrix(Arg{op, "qx"}, qx), v(values), m(meta);
   const int64_t n = check_halves(op, p, v, m, x.sizes[1]);
   Tensor acc = result({x.sizes[0], n}, dtypes().i32);
   const Sp24MatmulArgs args{x.data<int8_t>(), x.sizes[0], x.sizes[1], v.data<int8_t>(), m.data<uint8_t>(), p, n, static_cast<int32_t*>(acc.mutable_data_ptr())};

@@ -9,23 +9,11 @@
 #include <cstdint>
 #include <vector>
 
+#include "torch/cuda/other_ops.h"
 #include "torch/cuda/wq_weight.h"
 
 namespace effk::binding {
 namespace {
-
-using torch::headeronly::ScalarType;
-
-ScalarType scalar_type(DType type) {
-  return type == DType::f32 ? ScalarType::Float : type == DType::f16 ? ScalarType::Half : ScalarType::BFloat16;
-}
-
-// torch's own x W^T + bias, on the stream that is current.
-Tensor library_linear(const Tensor& x, const Tensor& w, const OptionalTensor& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(w), torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 void check_compute(const char* op, const std::string& compute) {
   EFFK_CHECK(parse_compute(op, compute) == Compute::fp, op, ": compute: expected 'float' for CUDA tensors, got 'int8': the int8 form ",
@@ -105,25 +93,6 @@ Tensor linear_backward(const Tensor& grad, const Tensor& packed, const Tensor& s
 }
 
 #ifndef EFFK_CUEMU
-// Packing happens once, when a model is loaded: these copy to the CPU, call the op there and copy back, which waits.
-template <size_t Results, size_t Arguments>
-std::array<Tensor, Results> call_on_cpu(const char* op, std::array<StableIValue, Arguments> stack, const Home& home) {
-  static_assert(Results <= Arguments, "results replace the arguments");
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
-  std::array<Tensor, Results> results;
-  const torch::stable::Device device(torch::headeronly::DeviceType::CUDA, home.index);
-  for (size_t i = 0; i < Results; ++i) results[i] = torch::stable::to(torch::stable::detail::to<Tensor>(stack[i]), device);
-  return results;
-}
-
-StableIValue cpu_argument(const Tensor& t) {
-  return torch::stable::detail::from(torch::stable::to(t, torch::stable::Device(torch::headeronly::DeviceType::CPU)));
-}
-StableIValue cpu_argument(const OptionalTensor& t) {
-  if (!t) return torch::stable::detail::from(OptionalTensor());
-  return torch::stable::detail::from(OptionalTensor(torch::stable::to(*t, torch::stable::Device(torch::headeronly::DeviceType::CPU))));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> pack(const Tensor& qweight, const Tensor& scales, const OptionalTensor& zeros,
                                                 const OptionalTensor& codebook, int64_t n, int64_t k, int64_t bits,
                                                 int64_t group_size) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "ops/wq_linear/cuda.h"
+#include "torch/cuda/other_ops.h"
 #include "torch/cuda/stream.h"
 #include "torch/wq_linear_args.h"
 
@@ -26,13 +27,6 @@ struct DeviceWeight {
   int outliers = 0;
   std::vector<Tensor> copies;
 };
-
-template <class P>
-void align(P& pointer, const Tensor& owner, std::vector<Tensor>& copies) {
-  if (!pointer || reinterpret_cast<uintptr_t>(pointer) % cuda::kAlignment == 0) return;
-  copies.push_back(torch::stable::clone(owner));
-  pointer = static_cast<P>(copies.back().const_data_ptr());
-}
 
 inline DeviceWeight device_weight(const char* op, int index, const WeightTensors& t, int64_t n, int64_t k, int64_t bits, int64_t group,
                                   const Home& home) {
