@@ -214,6 +214,25 @@ def judge(rows: dict[str, Row]) -> list[Row]:
     return found
 
 
+def table(rows: dict[str, Row]) -> str:
+    """Markdown: a line a compression, a column a width of the activations."""
+    key, form = ("cosine", ".3f") if any("cosine" in row for row in rows.values()) else ("perplexity", ".1f")
+    heads = ("A4", "A4, down A8", "A4, down A16", "A8", "A16")
+    suffixes = ("a4", "a4-down8", "a4-down16", "a8", "a16")
+    lines = [f"| weights | true bits | {' | '.join(heads)} |", "|" + "---|" * (len(heads) + 2)]
+    for name in COMPRESSIONS:
+        found = {suffix: rows[f"{name}-{suffix}"] for suffix in suffixes if f"{name}-{suffix}" in rows}
+        if found:
+            bits = next(iter(found.values()))["true_bits"]
+            cells = (format(found[s][key], form) if s in found else "" for s in suffixes)
+            lines.append(f"| {name} | {bits:.2f} | {' | '.join(cells)} |")
+    lines += ["", "| paper | ordering | better | worse | |", "|---|---|---|---|---|"]
+    for e in judge(rows):
+        holds = "yes" if e["holds"] else "**no**"
+        lines.append(f"| {e['table']} | {e['ordering']} | {e['better']:{form}} | {e['worse']:{form}} | {holds} |")
+    return "\n".join(lines)
+
+
 @app.command()
 def main(
     model: Annotated[str, typer.Option(help="smollm2 or minilm.")] = "smollm2",
@@ -222,7 +241,7 @@ def main(
     threads: Annotated[int, typer.Option(help="Threads.")] = 2,
     kernels: Annotated[bool, typer.Option(help="Run the compressed modules, not their simulation.")] = False,
 ) -> None:
-    """Measures rows, prints them, and says which orderings hold."""
+    """Measures rows, prints them as Markdown, and says which orderings hold."""
     if model not in ("smollm2", "minilm"):
         raise typer.BadParameter(f"--model: expected smollm2 or minilm, got {model!r}")
     torch.set_num_threads(threads)
@@ -249,10 +268,7 @@ def main(
         keep("fp32", study.measure(study.model))
     for name in wanted:
         study.rows(name, kernels, keep, set(done))
-    for entry in judge(done):
-        print(
-            f"{'holds ' if entry['holds'] else 'NOT   '} {entry['ordering']}: {entry['better']:.4f}, {entry['worse']:.4f}"
-        )
+    print(table(done))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from effk.nn import WqEmbedding, WqLinear, WqTiedHead
+from effk.nn import QuikLinear, WqEmbedding, WqLinear, WqTiedHead
 
 
 class Dense(nn.Module):
     """The float64 twin of a compressed layer: plain products with the dequantised weight."""
 
-    def __init__(self, layer: WqLinear) -> None:
+    def __init__(self, layer: WqLinear | QuikLinear) -> None:
         super().__init__()
         self.weight = nn.Parameter(layer.to_weight().dequantize(torch.float64), requires_grad=False)
         self.bias = None if layer.bias is None else nn.Parameter(layer.bias.double(), requires_grad=False)
@@ -29,7 +29,7 @@ def dequantised(model: nn.Module) -> nn.Module:
         parent, _, leaf = name.rpartition(".")
         if isinstance(module, WqEmbedding):
             setattr(twin.get_submodule(parent), leaf, nn.Embedding.from_pretrained(Dense(module).weight))
-        elif isinstance(module, WqLinear):
+        elif isinstance(module, (WqLinear, QuikLinear)):
             setattr(twin.get_submodule(parent), leaf, Dense(module))
         elif isinstance(module, WqTiedHead):
             setattr(twin.get_submodule(parent), leaf, Dense(module._embedding))

@@ -63,6 +63,19 @@ def test_an_edited_plan_is_applied(tiny: Path, effk: Callable, tmp_path: Path) -
     assert bits.pop(layer) == 2 and set(bits.values()) == {4}
 
 
+def test_outlier_columns_are_planned_and_logged(tiny: Path, effk: Callable, tmp_path: Path) -> None:
+    options = ("--recipe", "quik", "--set", "outliers=8", "--calib-length", 32, "--calib-sequences", 4)
+    table = effk("compress", tiny, *options, "--plan-only", "--out", tmp_path / "plan")
+    assert table.status == 0 and "8 columns" in table.stdout and "8, x 8" in table.stdout, table.stderr
+    ran = effk("compress", tiny, "--plan", tmp_path / "plan" / "plan.json", "--calib-length", 32, "--calib-sequences", 4,
+               "--out", tmp_path / "model", "--json")  # fmt: skip
+    assert ran.status == 0, ran.stderr
+    columns = {name: entry["outlier_columns"] for name, entry in ran.json["report"]["layers"].items()}
+    assert {c for name, c in columns.items() if not name.endswith("down_proj")} == {8}
+    model = package.load(tmp_path / "model")
+    assert all(model.get_submodule(name).outliers == count for name, count in columns.items())
+
+
 def test_feed_forward_networks_become_dyad_layers(tiny: Path, effk: Callable, tmp_path: Path) -> None:
     options = ("--recipe", "dyad", "--set", "n=8", "--set", "variant=dt", "--calib-length", 32, "--calib-sequences", 16)
     table = effk("compress", tiny, *options, "--plan-only", "--out", tmp_path / "plan")

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
+from dense_twin import assert_equals_dequantised
 from effk.compress import Plan, compress, make_plan, plan_from_json, recipe_from_json
 from effk.compress.calibrate import stream_blocks
 from effk.compress.layers import find_layers
 from effk.compress.passes.quik import Quik, outlier_columns
 from effk.formats.quik import weight_bytes
 from effk.nn import QuikLinear
-from small_models import FEEDFORWARDS, small_model, token_batches
+from small_models import FEEDFORWARDS, MODELS, small_model, token_batches
 
 IDS = token_batches(1)[0]
 DOWN = {"llama": "down_proj", "qwen2": "down_proj", "mistral": "down_proj", "opt": "fc2", "gpt2": "mlp.c_proj",
@@ -57,6 +58,15 @@ def test_every_shape(name: str) -> None:
     assert f"W4A8, 16 outlier columns: {sum(e.outlier_columns == 16 for e in report.layers.values())} layers" in str(
         report
     )
+
+
+@pytest.mark.parametrize("fields", [{}, {"rotate": True}, {"pattern": "2:4"}])
+def test_logits_equal_the_dequantised_model(fields: dict[str, Any]) -> None:
+    """With activations as they come: every column, index and rotation is where the stored weight says."""
+    for name in ("llama", "qwen2") if "rotate" in fields else MODELS:
+        model = small_model(name)
+        compress(model, Quik(bits_a=16, **fields), token_batches(4))
+        assert_equals_dequantised(model, IDS)
 
 
 def test_eight_bits_everywhere_are_close() -> None:

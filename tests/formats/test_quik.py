@@ -101,6 +101,41 @@ def test_shares_of_operations_of_llama_2_70b() -> None:
     assert [round(100 * part / total, 1) for part in (low, eight, kept)] == [70.3, 26.6, 3.1]
 
 
+def pruned(pattern: str, bits: int, k: int = 48, outliers: int = 8) -> QuikWeight:
+    """Random codes, every unit with the zeros that the pattern asks for, or more."""
+    generator = torch.Generator().manual_seed(3)
+    weight = random_quik(k=k, bits=bits, outliers=outliers)
+    codes = weight.base.codes().reshape(37, -1, 4, 2 if pattern == "pair4:8" else 1)
+    gone = torch.rand(codes.shape[:3], generator=generator).argsort(-1)[..., :2]
+    mask = torch.zeros(codes.shape[:3], dtype=torch.bool).scatter_(-1, gone, True).unsqueeze(-1)
+    codes = codes.masked_fill(mask, 1 << (bits - 1)).reshape(37, -1)
+    codes[:, :8] = 1 << (bits - 1)  # a unit of nothing
+    base = WqWeight.from_codes(codes, weight.base.scales, bits=bits, group_size=0)
+    return dataclasses.replace(weight, base=base, pattern=pattern)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("pattern", ["2:4", "pair4:8"])
+def test_pruned_weights_store_half_and_come_back(pattern: str, bits: int) -> None:
+    weight = pruned(pattern, bits)
+    weight.validate()
+    state = weight.to_state()
+    back = QuikWeight.from_state(dict(state), weight.geometry())
+    assert same(back, weight) and torch.equal(back.base.codes(), weight.base.codes())
+    assert sum(t.numel() * t.element_size() for t in state.values()) == weight.nbytes()
+    assert {name: (tuple(t.shape), t.dtype) for name, t in state.items()} == state_shapes(weight.geometry())
+    per_weight = bits / 2 + (1 if pattern == "2:4" else 0.5)
+    assert 8 * (state["qweight"].shape[1] + state["meta"].shape[1]) == pytest.approx(per_weight * 40, abs=8)
+    damaged = {**state, "meta": state["meta"] ^ 0xFF}
+    with pytest.raises((ValueError, RuntimeError), match="meta"):
+        QuikWeight.from_state(damaged, weight.geometry())
+    full = dataclasses.replace(random_quik(k=48, bits=bits, outliers=8), pattern=pattern)
+    with pytest.raises(ValueError, match=f"zeros of pattern {pattern}"):
+        full.validate()
+    with pytest.raises(ValueError, match="base columns for"):
+        dataclasses.replace(random_quik(k=50, bits=bits, outliers=8), pattern=pattern).validate()
+
+
 def test_a_rotated_weight_is_told_for_unrotated_inputs() -> None:
     plain, x = random_quik(k=96, outliers=0), torch.randn(5, 96, dtype=torch.float64)
     turned = dataclasses.replace(plain, rotated=True)
@@ -192,6 +227,8 @@ def test_refusals(case: str) -> None:
         ({"outliers": 5}, "even number"),
         ({"n": -1}, "n: expected a non-negative"),
         ({"rotated": 1}, "rotated"),
+        ({"pattern": "1:2"}, "pattern: expected None or one of"),
+        ({"pattern": "2:4"}, "multiple of 4 base columns"),
         ({"out_dtype": "float32"}, "out_dtype"),
         ({"colour": "red"}, "expected fields"),
         ({"outliers": 8}, "qweight: expected"),

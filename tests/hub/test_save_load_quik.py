@@ -26,6 +26,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {},
     {"quantizer": "sim", "bits": 8, "bits_a": 8, "outliers": 0},
     {"bits_a": 16, "outliers": 6, "embedding_bits": 8},
+    {"pattern": "2:4"},
 )
 
 
@@ -121,6 +122,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "bias": (lambda q: q[LAYER].update(bias=True), "missing"),
     "a field too many": (lambda q: q[LAYER].update(colour="red"), f"{LAYER}: geometry: expected fields"),
     "a field less": (lambda q: q[LAYER].pop("bits_a"), f"{LAYER}: expected an object"),
+    "pattern": (lambda q: q[LAYER].update(pattern="2:4"), "missing"),
+    "no such pattern": (lambda q: q[LAYER].update(pattern="3:4"), f"{LAYER}: geometry: pattern: expected None or"),
     "gone": (lambda q: q.pop(LAYER), f"{LAYER}.weight"),
     "unknown": (lambda q: q.update({"model.layers.9.x": q[LAYER]}), "model.layers.9.x: expected a module"),
 }

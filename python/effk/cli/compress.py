@@ -30,7 +30,7 @@ PLAN, REPORT = "plan.json", "report.json"
 def compress(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Folder to write: model, tokenizer, plan.json, report.json.")] = None,
-    recipe: Annotated[str | None, typer.Option(help="llm-mq (default), finequant, rtn or dyad.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="llm-mq (default), quik, finequant, rtn or dyad.")] = None,
     bits: Annotated[float | None, typer.Option(help="Bits per weight; for llm-mq the average, e.g. 3.4.")] = None,
     group: Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128, 256; 0: the row.")] = None,
     compute: Annotated[str | None, typer.Option(help="float (exact) or int8 (faster, about 1 % error).")] = None,
@@ -113,7 +113,10 @@ def plan_table(plan: Plan | NetworkPlan) -> Table:
         score = "" if entry.score is None else f"{entry.score:.3g}"
         group = str(entry.group_size or "row")
         sizes = (f"{entry.bytes_before / 1e6:.3f}", f"{entry.bytes_after / 1e6:.3f}")
-        table.add_row(name, str(entry.bits), group, entry.format, f"{entry.outliers:g}", *sizes, score)
+        columns = entry.options.get("outlier_columns")
+        outliers = f"{entry.outliers:g}" if columns is None else f"{columns} columns"
+        bits = str(entry.bits) if columns is None else f"{entry.bits}, x {entry.options['bits_a']}"
+        table.add_row(name, bits, group, entry.format, outliers, *sizes, score)
     for name, why in plan.skipped.items():
         table.add_row(name, "-", "", "", "", "", "", why)
     return table

@@ -129,9 +129,9 @@ def report_on(
 def _check_against_plan(layer: Layer, entry: LayerPlan, weight: WqWeight | QuikWeight) -> None:
     weight.validate()
     if isinstance(weight, QuikWeight):
-        got = {name: getattr(weight, name) for name in ("n", "k", "bits", "outliers", "rotated")}
+        got = {name: getattr(weight, name) for name in ("n", "k", "bits", "outliers", "rotated", "pattern")}
         expected = {"n": layer.n, "k": layer.k, "bits": entry.bits, "outliers": entry.options["outlier_columns"]}
-        expected["rotated"] = entry.options["rotated"]
+        expected |= {name: entry.options[name] for name in ("rotated", "pattern")}
         _expect_planned(layer, expected, got)
         return
     got = {
@@ -216,7 +216,9 @@ def stored_bytes(module: WqLinear | QuikLinear) -> int:
     """Bytes of a compressed layer in canonical form, bias included."""
     if isinstance(module, QuikLinear):
         bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
-        return bias + quik.weight_bytes(module.out_features, module.in_features, module.bits, module.outliers)
+        return bias + quik.weight_bytes(
+            module.out_features, module.in_features, module.bits, module.outliers, module.pattern
+        )
     table = None if module.codebook is None else "shared" if module.codebook.dim() == 1 else "row"
     dense = weight_bytes(
         module.out_features,

@@ -103,11 +103,13 @@ class LayerPlan:
         columns = self.options.get("outlier_columns")
         if type(columns) is not int:
             raise ValueError(f"plan: {layer.name}: options: expected a number of outlier_columns, got {columns!r}")
+        pattern = self.options.get("pattern")
         try:
             quik.check_columns(layer.k, columns, self.bits)
+            quik.check_pattern(pattern, layer.k - columns)
         except ValueError as error:
             raise ValueError(f"plan: {layer.name}: {error}") from None
-        return quik.weight_bytes(layer.n, layer.k, self.bits, columns)
+        return quik.weight_bytes(layer.n, layer.k, self.bits, columns, pattern)
 
 
 def outlier_count(n: int, k: int, fraction: float) -> int:

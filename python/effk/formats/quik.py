@@ -6,6 +6,10 @@ ascending order, are signed codes of 4 or 8 bits with one scale a row::
     W[n, int_idx[j]] = scales[n] * (code[n, j] - 2**(bits-1))        base: a symmetric WqWeight with one group a row
     W[n, fp_idx[j]]  = w_out[n, j]
 
+With a ``pattern`` at least half of the base weights are zero, two of every four ("2:4") or two pairs of every four
+("pair4:8"); only the codes of the rest are stored, with 2 bits each, or each pair, that say which they are
+(:mod:`effk.ops.sp24`): 3 bits a weight instead of 4 in the first, 2.5 in the second.
+
 Scales are fp32: products with them are summed over thousands of columns. With ``rotated`` all this is said of ``W R``, the
 weight for inputs ``x R`` (:mod:`.hadamard`).
 
@@ -21,7 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bitstream import row_bytes
+from ..ops import sp24
+from .bitstream import pack_codes, row_bytes, unpack_codes
 from .hadamard import rotate
 from .wq import WqWeight, _check
 
@@ -33,13 +38,13 @@ MAX_BASE = 131071  # columns: sums of 128 * 128 then stay below 2^31
 _BASE_TENSORS = ("qweight", "scales")
 
 
-def weight_bytes(n: int, k: int, bits: int, outliers: int) -> int:
+def weight_bytes(n: int, k: int, bits: int, outliers: int, pattern: str | None = None) -> int:
     """Stored bytes of a weight before it exists; equals :meth:`QuikWeight.nbytes`.
 
-    ``bits`` bits a base weight (rows of whole bytes), 16 an outlier weight, an fp32 scale a row, an int32 index an outlier
-    column.
+    ``bits`` bits a base weight (rows of whole bytes; with a pattern half of them and their places), 16 an outlier weight, an
+    fp32 scale a row, an int32 index an outlier column.
     """
-    return n * row_bytes(k - outliers, bits) + 4 * n + outliers * (2 * n + 4)
+    return n * sum(_row(k - outliers, bits, pattern)) + 4 * n + outliers * (2 * n + 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +57,7 @@ class QuikWeight:
         w_out: fp16 or bf16 ``[n, outliers]``, in the order of ``fp_idx``.
         k: columns of ``W``.
         rotated: whether the columns are those of ``W R``.
+        pattern: None, "2:4" or "pair4:8", of the base columns.
     """
 
     base: WqWeight
@@ -59,6 +65,7 @@ class QuikWeight:
     w_out: Tensor
     k: int
     rotated: bool = False
+    pattern: str | None = None
 
     @classmethod
     def from_codes(
@@ -71,6 +78,7 @@ class QuikWeight:
         bits: int,
         dtype: torch.dtype = torch.float16,
         rotated: bool = False,
+        pattern: str | None = None,
     ) -> QuikWeight:
         """Build and validate a weight.
 
@@ -83,7 +91,7 @@ class QuikWeight:
         columns = base_columns(codes.shape[1], fp_idx)
         base = WqWeight.from_codes(codes[:, columns], scales.float().unsqueeze(1), bits=bits, group_size=0)
         w_out = values[:, fp_idx.long()].to(dtype).contiguous()
-        weight = cls(base, fp_idx.to(torch.int32), w_out, codes.shape[1], rotated)
+        weight = cls(base, fp_idx.to(torch.int32), w_out, codes.shape[1], rotated, pattern)
         weight.validate()
         return weight
 
@@ -125,7 +133,7 @@ class QuikWeight:
 
     def nbytes(self) -> int:
         """True stored bytes; see :func:`weight_bytes`."""
-        return sum(t.numel() * t.element_size() for t in self.to_state().values())
+        return weight_bytes(self.n, self.k, self.bits, self.outliers, self.pattern)
 
     def bits_per_weight(self) -> float:
         """True bits per weight, scales and outlier columns included."""
@@ -140,11 +148,16 @@ class QuikWeight:
             "outliers": self.outliers,
             "out_dtype": str(self.w_out.dtype).removeprefix("torch."),
             "rotated": self.rotated,
+            "pattern": self.pattern,
         }
 
     def to_state(self) -> dict[str, Tensor]:
-        """The stored tensors by name; without outlier columns only the first two."""
+        """The stored tensors by name; fp_idx and w_out with outlier columns only, meta with a pattern only."""
         state = {name: getattr(self.base, name) for name in _BASE_TENSORS}
+        if self.pattern is not None:
+            values, meta = torch.ops.effk.sp24_compress(self._signed(), self.pattern)
+            state["qweight"] = pack_codes((values + _half(self.bits)).to(torch.uint8), self.bits)
+            state["meta"] = meta
         return state | ({"fp_idx": self.fp_idx, "w_out": self.w_out} if self.outliers else {})
 
     @classmethod
@@ -158,14 +171,21 @@ class QuikWeight:
         if set(state) != set(expected):
             raise ValueError(f"state: expected tensors {sorted(expected)}, got {sorted(state)}")
         n, k, bits, outliers = (geometry[key] for key in ("n", "k", "bits", "outliers"))
-        base = WqWeight(n, k - outliers, bits, 0, state["qweight"], state["scales"])
+        qweight = state["qweight"]
+        if geometry["pattern"] is not None:
+            values = (unpack_codes(qweight, (k - outliers) // 2, bits).to(torch.int16) - _half(bits)).to(torch.int8)
+            dense = torch.ops.effk.sp24_decompress(values, state["meta"], k - outliers, geometry["pattern"])
+            qweight = pack_codes((dense.to(torch.int16) + _half(bits)).to(torch.uint8), bits)
+        base = WqWeight(n, k - outliers, bits, 0, qweight, state["scales"])
         none = {
             "fp_idx": torch.empty(0, dtype=torch.int32),
             "w_out": torch.empty((n, 0), dtype=_dtypes()[geometry["out_dtype"]]),
         }
         rest = none | {name: state[name] for name in none if name in state}
-        weight = cls(base, rest["fp_idx"], rest["w_out"], k, geometry["rotated"])
+        weight = cls(base, rest["fp_idx"], rest["w_out"], k, geometry["rotated"], geometry["pattern"])
         weight.validate()
+        if "meta" in state and not all(torch.equal(state[name], t) for name, t in weight.to_state().items()):
+            raise ValueError("meta: expected the ascending places of the stored codes, got others")
         return weight
 
     def validate(self) -> None:
@@ -204,6 +224,12 @@ class QuikWeight:
             raise ValueError("w_out: expected finite values, got NaN or Inf")
         if type(self.rotated) is not bool:
             raise ValueError(f"rotated: expected a boolean, got {self.rotated!r}")
+        check_pattern(self.pattern, base.k)
+        if self.pattern is not None and not bool(sp24.fits(self._signed(), self.pattern).all()):
+            raise ValueError(f"base: expected the zeros of pattern {self.pattern}, got a row with too few")
+
+    def _signed(self) -> Tensor:
+        return (self.base.codes().to(torch.int16) - _half(self.bits)).to(torch.int8)
 
     def to(self, device: torch.device | str) -> QuikWeight:
         """The same weight with all tensors on ``device``."""
@@ -223,6 +249,17 @@ def check_columns(k: int, outliers: int, bits: int) -> None:
         raise ValueError(f"k: expected at most {MAX_BASE} base columns, got {base}")
 
 
+def check_pattern(pattern: str | None, base: int) -> None:
+    """Raise ``ValueError`` unless ``pattern`` exists and ``base`` columns are whole units of it."""
+    if pattern is None:
+        return
+    if pattern not in sp24.PATTERNS:
+        raise ValueError(f"pattern: expected None or one of {sp24.PATTERNS}, got {pattern!r}")
+    unit = 8 if pattern == "pair4:8" else 4
+    if base % unit:
+        raise ValueError(f"pattern: expected a multiple of {unit} base columns for {pattern}, got {base}")
+
+
 def base_columns(k: int, fp_idx: Tensor) -> Tensor:
     """int64: the columns of ``range(k)`` that are not in ``fp_idx``, ascending."""
     base = torch.ones(k, dtype=torch.bool, device=fp_idx.device)
@@ -236,7 +273,7 @@ def state_shapes(geometry: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], t
     Raises:
         ValueError: a field is missing, unknown, or not legal.
     """
-    fields = {"n", "k", "bits", "outliers", "out_dtype", "rotated"}
+    fields = {"n", "k", "bits", "outliers", "out_dtype", "rotated", "pattern"}
     if not isinstance(geometry, dict) or set(geometry) != fields:
         raise ValueError(f"geometry: expected fields {sorted(fields)}, got {sorted(geometry)}")
     n, k, bits, outliers = (geometry[name] for name in ("n", "k", "bits", "outliers"))
@@ -247,11 +284,15 @@ def state_shapes(geometry: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], t
         raise ValueError(f"geometry: bits: expected one of {BITS}, got {bits!r}")
     try:
         check_columns(k, outliers, bits)
+        check_pattern(geometry["pattern"], k - outliers)
     except ValueError as error:
         raise ValueError(f"geometry: {error}") from None
     if type(geometry["rotated"]) is not bool or geometry["out_dtype"] not in _dtypes():
         raise ValueError(f"geometry: out_dtype, rotated: got {geometry['out_dtype']!r}, {geometry['rotated']!r}")
-    shapes = {"qweight": ((n, row_bytes(k - outliers, bits)), torch.uint8), "scales": ((n, 1), torch.float32)}
+    codes, places = _row(k - outliers, bits, geometry["pattern"])
+    shapes = {"qweight": ((n, codes), torch.uint8), "scales": ((n, 1), torch.float32)}
+    if geometry["pattern"] is not None:
+        shapes["meta"] = ((n, places), torch.uint8)
     if outliers:
         shapes["fp_idx"] = ((outliers,), torch.int32)
         shapes["w_out"] = ((n, outliers), _dtypes()[geometry["out_dtype"]])
@@ -317,6 +358,17 @@ def split_meta(meta: Tensor) -> tuple[Tensor, Tensor]:
     if meta.dim() != 1 or meta.numel() % 2:
         raise ValueError(f"split_meta: meta: expected [2 M], got {list(meta.shape)}")
     return meta[0::2].float(), meta[1::2].float()
+
+
+def _row(base: int, bits: int, pattern: str | None) -> tuple[int, int]:
+    """Bytes of a row's codes and of their places."""
+    if pattern is None:
+        return row_bytes(base, bits), 0
+    return row_bytes(base // 2, bits), sp24.meta_bytes(base, pattern)
+
+
+def _half(bits: int) -> int:
+    return 1 << (bits - 1)
 
 
 def _dtypes() -> dict[str, torch.dtype]:

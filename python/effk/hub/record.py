@@ -8,7 +8,8 @@
      "embedding": {"name", "head", "head_bias", the fields above but "bias"} or null,
      "dyad": {module: {"in_features", "out_features", "n_dyad", "variant", "bias", "rank",
                        "weight": null or the fields of a layer but "bias"}},
-     "quik": {module: {"n", "k", "bits", "outliers", "out_dtype", "rotated", "bits_a", "quantizer", "bias"}},
+     "quik": {module: {"n", "k", "bits", "outliers", "out_dtype", "rotated", "pattern", "bits_a", "quantizer",
+                       "bias"}},
      "weights": {"file", "bytes", "sha256"} or null}
 
 The tensors of a module are stored beside its other ones as ``<module>.qweight``, ``<module>.scales`` and so on, in the

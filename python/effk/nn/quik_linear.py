@@ -54,7 +54,7 @@ class QuikLinear(FrozenDtypes):
             raise ValueError(f"QuikLinear: bits_a: expected at least the weight's {bits}, got {bits_a}")
         self.out_features, self.in_features, self.outliers = n, k, outliers
         self.bits, self.bits_a, self.quantizer, self.rotated = bits, bits_a, quantizer, rotated
-        self._out_dtype = torch.float16
+        self._out_dtype, self.pattern = torch.float16, None  # of the stored form; kernels do not see them
         self._power = hadamard.factors(k)[1]
         for name in (*self.format_buffers, "bias"):
             self.register_buffer(name, None)
@@ -86,7 +86,7 @@ class QuikLinear(FrozenDtypes):
             behind = torch.arange(base.k, weight.k, dtype=torch.int32, device=weight.fp_idx.device)
             if not torch.equal(weight.fp_idx, behind):
                 module.int_idx, module.fp_idx = weight.int_idx, weight.fp_idx
-        module._out_dtype = weight.w_out.dtype
+        module._out_dtype, module.pattern = weight.w_out.dtype, weight.pattern
         if weight.rotated:
             module.base = hadamard.base_matrix(hadamard.factors(weight.k)[2]).clone()
             module.step = hadamard.sylvester(min(module._power, 64)).clone()
@@ -107,7 +107,9 @@ class QuikLinear(FrozenDtypes):
             fp_idx = torch.arange(k, self.in_features, dtype=torch.int32, device=self.packed.device)
         if self.outliers:
             w_out = torch.ops.effk.dense_unpack(self.w_out, n, self.outliers).to(self._out_dtype)
-        return QuikWeight(WqWeight(n, k, self.bits, 0, qweight, scales), fp_idx, w_out, self.in_features, self.rotated)
+        return QuikWeight(
+            WqWeight(n, k, self.bits, 0, qweight, scales), fp_idx, w_out, self.in_features, self.rotated, self.pattern
+        )
 
     def dequantize(self) -> Tensor:
         """The weight as fp32 ``[N, K]``, for unrotated inputs."""

@@ -189,7 +189,14 @@ class QuikHandler(Handler):
         largest = float(values[:, columns].abs().max()) if len(columns) else 0.0
         dtype = torch.float16 if largest <= torch.finfo(torch.float16).max else torch.bfloat16
         return QuikWeight.from_codes(
-            codes, scales, values, columns, bits=entry.bits, dtype=dtype, rotated=options["rotated"]
+            codes,
+            scales,
+            values,
+            columns,
+            bits=entry.bits,
+            dtype=dtype,
+            rotated=options["rotated"],
+            pattern=options["pattern"],
         )
 
     def module(self, weight: QuikWeight, bias: Tensor | None, entry: LayerPlan) -> QuikLinear:
