@@ -16,6 +16,7 @@ from effk.compress import Plan, compress, make_plan, plan_from_json, recipe_from
 from effk.compress.calibrate import stream_blocks
 from effk.compress.layers import find_layers
 from effk.compress.passes.quik import Quik, outlier_columns
+from effk.compress.solvers.hadamard import rotate_model
 from effk.formats.quik import weight_bytes
 from effk.nn import QuikLinear
 from small_models import FEEDFORWARDS, MODELS, small_model, token_batches
@@ -123,11 +124,15 @@ def test_zero_outlier_threshold() -> None:
     batches = token_batches(4)
     plan = make_plan(small_model("llama"), Quik(), batches)
     peaks = plan.notes["max_abs"]
-    some = sorted(peaks.values())[len(peaks) // 2]
-    below = make_plan(small_model("llama"), Quik(threshold=some), batches)
-    for name, entry in below.layers.items():
-        limit = 2 * some if name.endswith("down_proj") else some
-        assert (entry.options["outlier_columns"] == 0) == (peaks[name] <= limit), name
+    median = sorted(peaks.values())[len(peaks) // 2]
+    for some in (peaks["model.layers.1.mlp.down_proj"] / 1.5, median):
+        below = make_plan(small_model("llama"), Quik(threshold=some), batches)
+        for name, entry in below.layers.items():
+            limit = 2 * some if name.endswith("down_proj") else some
+            assert (entry.options["outlier_columns"] == 0) == (peaks[name] <= limit), name
+    low = make_plan(small_model("llama"), Quik(threshold=median, down_bits=4, bits_a=8), batches)
+    for name, entry in low.layers.items():
+        assert (entry.options["outlier_columns"] == 0) == (peaks[name] <= median), "twice only for 8 bits"
     counts = below.notes["layers_by_outlier_columns"]
     assert 0 < counts["0"] < len(peaks) and sum(counts.values()) == len(peaks)
     report = compress(small_model("llama"), Quik(threshold=1e9), batches)
@@ -324,3 +329,23 @@ def test_second_order_pays(teacher: tuple[nn.Module, list[Tensor], Tensor]) -> N
     """Weights alone, where nothing else is lost."""
     fields = {"outliers": 6, "bits_a": 16, "down_bits": 4}
     assert divergence(teacher, **fields) < 0.8 * divergence(teacher, second_order=False, **fields)
+
+
+def test_second_order_sees_rotated_inputs(teacher: tuple[nn.Module, list[Tensor], Tensor]) -> None:
+    """Output error of the first down projection alone; with the Hessian of unrotated inputs it would not fall."""
+    model, calib, _ = teacher
+    name, inputs = "model.layers.0.mlp.down_proj", []
+    hook = model.get_submodule(name).register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in calib:
+            model(batch)
+    hook.remove()
+    turned, errors = copy.deepcopy(model), []
+    rotate_model(turned)
+    for second_order in (True, False):
+        other = copy.deepcopy(model)
+        ignore = ("lm_head", "*self_attn*", "*gate_proj", "*up_proj")
+        compress(other, Quik(rotate=True, bits_a=16, down_bits=4, second_order=second_order, ignore=ignore), calib)
+        change = other.get_submodule(name).dequantize() - turned.get_submodule(name).weight.detach()
+        errors.append(float((torch.cat(inputs) @ change.t()).norm()))
+    assert errors[0] < 0.9 * errors[1], errors

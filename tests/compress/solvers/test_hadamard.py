@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from effk.compress.solvers.hadamard import rotate_model
 from small_models import small_model, token_batches
@@ -41,6 +42,20 @@ def test_the_function_stays(name: str) -> None:
     for leaf in ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj"):
         old, new = (m.model.layers[1].get_submodule(leaf).weight for m in (before, model))
         assert not torch.allclose(old, new, rtol=0.1), leaf
+
+
+def test_rotations_that_are_not_symmetric() -> None:
+    """Width 96 and heads of 12 have Paley's matrix of 12, which is not its own transpose, as that of 36 above is."""
+    config = small_model("llama").config.to_dict()
+    config |= {"hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 12}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4) if parameter.dim() == 2 else parameter.add_(0.1 * torch.randn_like(parameter))
+    logits, _ = streams(model)
+    rotate_model(model)
+    assert torch.allclose(streams(model)[0], logits, rtol=0, atol=1e-5 * float(logits.abs().max()))
 
 
 def test_a_tied_head_gets_a_weight_of_its_own() -> None:
