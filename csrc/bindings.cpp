@@ -14,6 +14,7 @@
 #include "ops/depthwise_conv1d/kernels.h"
 #include "ops/fftconv/kernels.h"
 #include "ops/fftconv/plan.h"
+#include "ops/relu_ffn/kernels.h"
 #include "ops/quik_linear/kernels.h"
 #include "ops/wq_linear/kernels.h"
 
@@ -71,6 +72,8 @@ py::list kernel_table() {
     rows.append(kernel_row("quik_linear", gemm8::kKernels[i]->name, gemm8::kKernels[i]->tier, "int8", false));
   for (int i = 0; i < quik::kKernelCount; ++i)
     rows.append(kernel_row("quik_linear", quik::kKernels[i]->name, quik::kKernels[i]->tier, "fp32", false));
+  for (int i = 0; i < relu_ffn::kKernelCount; ++i)
+    rows.append(kernel_row("relu_ffn", relu_ffn::kKernels[i]->name, relu_ffn::kKernels[i]->tier, "fp32", false));
   for (const char* op : {"dense_linear", "dyad_linear"})  // both run on csrc/gemm
     for (int i = 0; i < gemm::kKernelCount; ++i) {
       const gemm::Kernel& kernel = *gemm::kKernels[i];

@@ -44,6 +44,7 @@ def test_slice_of_the_suite() -> None:
             "dyad_linear",
             "quik_linear",
             "sp24",
+            "relu_ffn",
         )
     ]
     done = emulated("-m", "pytest", "-m", "emulated", "-p", "no:cacheprovider", *files)

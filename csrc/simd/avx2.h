@@ -151,6 +151,14 @@ EFFK_INLINE vi load_u8(const void* p) {
   const __m128i v = _mm_loadu_si128(static_cast<const __m128i*>(p));
   return {_mm256_cvtepu8_epi32(v), _mm256_cvtepu8_epi32(_mm_srli_si128(v, 8))};
 }
+EFFK_INLINE vi load_s8(const void* p) {
+  const __m128i v = _mm_loadu_si128(static_cast<const __m128i*>(p));
+  return {_mm256_cvtepi8_epi32(v), _mm256_cvtepi8_epi32(_mm_srli_si128(v, 8))};
+}
+EFFK_INLINE uint32_t not_below(vf a, vf b) {
+  const auto bits = [](__m256 x, __m256 y) { return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(x, y, _CMP_NLE_UQ))); };
+  return bits(a.a, b.a) | bits(a.b, b.b) << 8;
+}
 EFFK_INLINE void store_f16(void* p, vf v) {
   auto* q = static_cast<__m128i*>(p);
   _mm_storeu_si128(q, _mm256_cvtps_ph(v.a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

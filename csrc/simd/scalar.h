@@ -102,6 +102,8 @@ EFFK_INLINE vf load_f32_part(const void* p, int count) {
 }
 EFFK_INLINE vf load_bf16(const void* p) { return make_f([=](int l) { return bf16_to_float(half_at(p, l)); }); }
 EFFK_INLINE vi load_u8(const void* p) { return make_i([=](int l) { return static_cast<const uint8_t*>(p)[l]; }); }
+EFFK_INLINE vi load_s8(const void* p) { return make_i([=](int l) { return static_cast<const int8_t*>(p)[l]; }); }
+EFFK_INLINE uint32_t not_below(vf a, vf b) { uint32_t m = 0; for (int l = 0; l < 16; ++l) m |= uint32_t(!(a.v[l] <= b.v[l])) << l; return m; }
 EFFK_INLINE void store_f16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_f16(a.v[l])); }
 EFFK_INLINE vi bf16_bits(vf a) { return make_i([&](int l) { return float_to_bf16(a.v[l]); }); }
 EFFK_INLINE void store_bf16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_bf16(a.v[l])); }

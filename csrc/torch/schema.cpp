@@ -71,6 +71,13 @@ const OpSchema kSchemas[] = {
     {"sp24_matmul", "(Tensor qx, Tensor values, Tensor meta, str pattern) -> Tensor"},
     {"fftconv_decode_prepare", "(Tensor k, int tile) -> Tensor"},
     {"fftconv_decode_step", "(Tensor x_t, Tensor(a!) xbuf, Tensor(b!) ybuf, Tensor k, Tensor[] specs, int t) -> Tensor"},
+    {"relu_ffn_pack", "(Tensor w, bool transpose, str rows, int group) -> (Tensor rows, Tensor scales)"},
+    {"relu_ffn_unpack", "(Tensor rows, Tensor? scales, str kind, int d) -> Tensor"},
+    {"relu_ffn",
+     "(Tensor x, Tensor? wg, Tensor wu, Tensor wd, Tensor? sg, Tensor? su, Tensor? sd, Tensor? bg, Tensor? bu, Tensor? bd,"
+     " str rows, str gate, Tensor? param, Tensor? mask, int mask_group, str mode) -> (Tensor y, Tensor nnz)"},
+    {"input_sparse_linear",
+     "(Tensor x, Tensor w, Tensor? scales, Tensor? bias, Tensor? threshold, str rows, int f_out) -> (Tensor y, Tensor nnz)"},
 };
 const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);
 

@@ -1,0 +1,294 @@
+"""relu_ffn and input_sparse_linear against float64: gates, types of rows, masks, batches, threads, bad arguments."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from effk.ops import relu_ffn as rf
+
+OPS = torch.ops.effk
+PARAMS = {"shifted_relu": 0.5, "fatrelu": 0.75, "silu_threshold": 0.25, "gelu_gauss": 0.6744898, "top_k": 5.0}
+EPS = 2.0**-24
+STORE = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+
+def threads(n: int) -> None:
+    torch.set_num_threads(n)
+
+
+class Layer:
+    """Random weights, packed, and the same weights as the kernel sees them."""
+
+    def __init__(self, d: int, f: int, rows: str = "fp32", group: int = 0, gated: bool = True, biases: bool = True) -> None:
+        self.rows, self.d, self.f = rows, d, f
+        plain = [torch.randn(f, d) / d**0.5 for _ in range(3 if gated else 2)]
+        packed = [OPS.relu_ffn_pack(w, False, rows, group) for w in plain[:-1]]
+        packed.append(OPS.relu_ffn_pack(plain[-1].T.contiguous(), True, rows, group))
+        self.packed = [(w, s if s.numel() else None) for w, s in packed]
+        self.plain = [OPS.relu_ffn_unpack(w, s, rows, d) for w, s in self.packed]
+        if not gated:
+            self.packed.insert(0, (None, None))
+            self.plain.insert(0, None)
+        self.biases = [torch.randn(n) * 0.1 if biases else None for n in (f, f, d)]
+        if not gated:
+            self.biases[0] = None
+
+    def run(self, x: Tensor, gate: str, param: Tensor | None, mask: Tensor | None = None, group: int = 1, mode: str = "sparse") -> tuple[Tensor, Tensor]:
+        (wg, sg), (wu, su), (wd, sd) = self.packed
+        return OPS.relu_ffn(x, wg, wu, wd, sg, su, sd, *self.biases, self.rows, gate, param, mask, group, mode)
+
+    def reference(self, x: Tensor, gate: str, param: Tensor | None, mask: Tensor | None = None, group: int = 1) -> tuple[Tensor, Tensor]:
+        wg, wu, wdt = self.plain
+        return rf.reference(x, wg, wu, wdt.T, *self.biases, gate, param, mask, group)
+
+    def far_from_cuts(self, x: Tensor, gate: str, param: Tensor | None) -> bool:
+        """Whether no gate lies so near its threshold that fp32 may decide otherwise than float64."""
+        wg, wu, _ = self.plain
+        w, b = (wu, self.biases[1]) if wg is None else (wg, self.biases[0])
+        g = torch.nn.functional.linear(x.double(), w.double(), None if b is None else b.double())
+        p = 0.0 if param is None else param.double()
+        if gate == "silu_threshold":
+            g = (g * torch.sigmoid(g)).abs()
+        elif gate == "gelu_gauss":
+            p = g.mean(-1, keepdim=True) + p * g.std(-1, correction=0, keepdim=True)
+        elif gate == "top_k":
+            size = g.abs().sort(dim=-1, descending=True).values
+            k = int(param)
+            return bool((k >= self.f) or ((size[:, k - 1] - size[:, k]) > 1e-5).all())
+        return bool(((g - p).abs() > 1e-5).all())
+
+    def bound(self, x: Tensor, gate: str, param: Tensor | None) -> Tensor:
+        """Error of h from chains of d products, taken through down, and its own chain of f."""
+        wg, wu, wdt = (None if w is None else w.double() for w in self.plain)
+        xs = x.double().abs()
+        off = (self.d + 4) * EPS
+        u, u_size = x.double() @ wu.T, xs @ wu.abs().T + 0.5
+        if wg is None:
+            g_size = u_size
+            h = (u.abs() + 1) ** (2 if gate == "relu2" else 1)
+            error = off * g_size * (2 * (u.abs() + 1) if gate == "relu2" else 2)
+        else:
+            g, g_size = x.double() @ wg.T, xs @ wg.abs().T + 0.5
+            a = (g.abs() + 1) ** (2 if gate == "relu2" else 1)
+            slope = 2 * (g.abs() + 1) if gate == "relu2" else 2.0
+            h = a * (u.abs() + 1)
+            error = off * (slope * g_size * (u.abs() + 1) + a * u_size)
+        return (error + (self.f + 8) * EPS * h) @ wdt.abs() + 1e-6
+
+
+def check(layer: Layer, x: Tensor, gate: str, param: Tensor | None, mask: Tensor | None = None, group: int = 1) -> Tensor:
+    y, nnz = layer.run(x, gate, param, mask, group)
+    want, count = layer.reference(x, gate, param, mask, group)
+    assert y.dtype == x.dtype and y.shape == x.shape and nnz.dtype == torch.int32
+    if layer.far_from_cuts(x, gate, param):
+        assert torch.equal(nnz.long(), count), f"{gate} {layer.rows}"
+        bound = layer.bound(x, gate, param)
+        allowed = bound + STORE[x.dtype] * (want.abs() + bound)
+        assert bool(((y.double() - want).abs() <= allowed).all()), f"{gate} {layer.rows} {x.dtype}"
+    dense, dense_nnz = layer.run(x, gate, param, mask, group, "dense")
+    assert torch.equal(y, dense) and torch.equal(nnz, dense_nnz), f"{gate} {layer.rows}: sparse and dense differ"
+    return y
+
+
+def value_of(gate: str, f: int, each: bool = False) -> Tensor | None:
+    if gate not in PARAMS:
+        return None
+    return torch.full((f if each and gate not in ("gelu_gauss", "top_k") else 1,), min(PARAMS[gate], float(f)))
+
+
+@pytest.mark.parametrize("gate", rf.GATES)
+def test_fixture_of_the_specification(tier: str, gate: str) -> None:
+    wg = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 2, -1], [1, 1, 2, 1.0]])
+    wu = torch.tensor([[2, 1, 0, 0], [1, 1, 1, 1], [0, 0, 4, 0], [0, 1, 0, 1.0]])
+    wdt = torch.tensor([[1, 2, 3, 4], [9, 9, 9, 9], [5, 5, 5, 5], [1, -1, 0, 2.0]])
+    x = torch.tensor([[1, -2, 0.5, 3], [-1, 1, 1, 0]])
+    rows = [OPS.relu_ffn_pack(w, False, "fp32", 0)[0] for w in (wg, wu, wdt)]
+    param = {"shifted_relu": 0.5, "fatrelu": 1.5, "silu_threshold": 0.25, "gelu_gauss": 0.6744898, "top_k": 1.0}.get(gate)
+    y, nnz = OPS.relu_ffn(x, *rows, *[None] * 6, "fp32", gate, None if param is None else torch.tensor([param]), None, 1, "auto")
+    want = {
+        "relu": ([3, -3, 0, 6], 2), "relu2": ([9, -9, 0, 18], 2), "shifted_relu": ([2.5, -2.5, 0, 5], 2), "fatrelu": ([3, -3, 0, 6], 1),
+        "drelu": ([3, -3, 0, 6], 2), "silu_threshold": ([2.857722, -2.857722, 0, 5.715445], 2),
+        "gelu_gauss": ([1.477508, -1.477508, 0, 2.955016], 1), "top_k": ([3, -3, 0, 6], 1),
+    }[gate]  # fmt: skip
+    assert torch.allclose(y[0], torch.tensor(want[0]).float(), atol=1e-5)
+    assert nnz[0] == want[1]
+    if gate == "relu":
+        assert y[1].tolist() == [51, 47, 49, 53] and nnz[1] == 3
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("rows", rf.ROWS)
+def test_gates_and_rows(tier: str, rows: str) -> None:
+    """Every gate with every type of rows; sizes, groups, biases, dtypes and numbers of tokens in turn."""
+    sizes = itertools.cycle(((64, 48), (100, 33), (4, 7), (132, 1), (768, 300)))
+    turn = itertools.count()
+    for gate, gated in itertools.product(rf.GATES, (True, False)):
+        if gate == "drelu" and not gated:
+            continue
+        i, (d, f) = next(turn), next(sizes)
+        group = (0, 32, 64, 128)[i % 4] if rows in ("int8", "int4") else 0
+        layer = Layer(d, f, rows, group, gated, biases=i % 3 != 0)
+        dtype = (torch.float32, torch.bfloat16, torch.float16)[i % 3]
+        check(layer, torch.randn((1, 2, 3, 5, 8, 9)[i % 6], d).to(dtype), gate, value_of(gate, f, each=i % 2 == 1))
+
+
+@pytest.mark.parametrize("rows", ("bf16", "int4"))
+def test_densities(tier: str, rows: str) -> None:
+    layer = Layer(128, 600, rows, 32 if rows == "int4" else 0)
+    x = torch.randn(3, 128)
+    for b in (-1e9, -1.0, 0.0, 1.0, 1.5, 1e9):
+        y = check(layer, x, "shifted_relu", torch.tensor([b])) if abs(b) < 1e8 else layer.run(x, "shifted_relu", torch.tensor([b]))[0]
+        if b > 1e8:
+            assert torch.equal(y, layer.biases[2].expand(3, -1))
+
+
+def test_inactive_rows_are_not_read(tier: str) -> None:
+    """NaN in rows of up and down that no gate lets through reaches nothing."""
+    layer = Layer(64, 40, biases=False)
+    x = torch.randn(1, 64)
+    y, nnz = layer.run(x, "relu", None)
+    active = (x @ layer.plain[0].T)[0] > 0
+    for place in (1, 2):
+        layer.packed[place][0].view(torch.float32)[~active] = torch.nan
+    again, _ = layer.run(x, "relu", None)
+    assert torch.equal(y, again) and 0 < nnz < 40
+
+
+def test_nan_is_active(tier: str) -> None:
+    layer = Layer(64, 40)
+    x = torch.randn(2, 64)
+    good = layer.run(x[1:], "relu", None)[0]
+    x[0, 3] = torch.nan
+    y, nnz = layer.run(x, "relu", None)
+    assert bool(y[0].isnan().all()) and nnz[0] == 40 and torch.equal(y[1:], good)
+
+
+@pytest.mark.parametrize("gate", ("relu", "gelu_gauss", "top_k", "fatrelu"))
+def test_masks(tier: str, gate: str) -> None:
+    layer = Layer(96, 300)
+    for tokens, shared, group in ((1, True, 1), (3, True, 4), (3, False, 16), (8, False, 128), (2, True, 1000)):
+        width = -(-(-(-300 // group)) // 8)
+        mask = torch.randint(0, 256, (1 if shared else tokens, width), dtype=torch.uint8)
+        spare = -(-300 // group) % 8
+        if spare:
+            mask[:, -1] &= (1 << spare) - 1
+        check(layer, torch.randn(tokens, 96), gate, value_of(gate, 300), mask, group)
+    x = torch.randn(2, 96)
+    ones = torch.full((1, 38), 255, dtype=torch.uint8)
+    ones[0, -1] = (1 << 300 % 8) - 1
+    assert torch.equal(layer.run(x, gate, value_of(gate, 300), ones)[0], layer.run(x, gate, value_of(gate, 300))[0])
+    none, nnz = layer.run(x, gate, value_of(gate, 300), torch.zeros_like(ones))
+    assert torch.equal(none, layer.biases[2].expand(2, -1)) and nnz.sum() == 0
+
+
+@pytest.mark.parametrize("rows", rf.ROWS)
+def test_same_bits_whatever_the_threads_and_the_batch(tier: str, rows: str) -> None:
+    layer = Layer(520, 900, rows, 64 if rows in ("int8", "int4") else 0)
+    x = torch.randn(11, 520)
+    first = layer.run(x, "relu", None)[0]
+    for n in (2, 3, 7):
+        threads(n)
+        assert torch.equal(layer.run(x, "relu", None)[0], first), n
+    threads(1)
+    assert torch.equal(torch.cat([layer.run(row[None], "relu", None)[0] for row in x]), first)
+
+
+@pytest.mark.parametrize("rows", rf.ROWS)
+def test_packing(rows: str) -> None:
+    w = torch.randn(9, 150)
+    for group in (0, 32, 64, 128) if rows in ("int8", "int4") else (0,):
+        packed, scales = OPS.relu_ffn_pack(w, False, rows, group)
+        other = OPS.relu_ffn_pack(w.T.contiguous(), True, rows, group)
+        assert torch.equal(packed, other[0]) and torch.equal(scales, other[1])
+        assert packed.shape == (9, rf.row_bytes(rows, 150))
+        back = OPS.relu_ffn_unpack(packed, scales if scales.numel() else None, rows, 150)
+        if scales.numel():
+            step = scales.repeat_interleave(group or 150, dim=1)[:, :150]
+            assert bool(((back - w).abs() <= step * 0.5001).all())
+        else:
+            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[rows]
+            assert torch.equal(back, w.to(dtype).float())
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("rows", rf.ROWS)
+def test_input_sparse_linear(tier: str, rows: str) -> None:
+    for i, (d_in, d_out, tokens) in enumerate(((64, 48, 1), (100, 130, 3), (7, 5, 9), (600, 260, 2))):
+        group = (0, 32, 64, 128)[i] if rows in ("int8", "int4") else 0
+        w, scales = OPS.relu_ffn_pack(torch.randn(d_out, d_in), True, rows, group)
+        scales = scales if scales.numel() else None
+        plain = OPS.relu_ffn_unpack(w, scales, rows, d_out).double()
+        bias = torch.randn(d_out) if i % 2 else None
+        x = torch.randn(tokens, d_in).to((torch.float32, torch.bfloat16, torch.float16)[i % 3])
+        x[:, ::3] = 0
+        for threshold in (None, torch.tensor([0.5]), torch.rand(d_in)):
+            y, nnz = OPS.input_sparse_linear(x, w, scales, bias, threshold, rows, d_out)
+            kept = x.double().abs() > (0.0 if threshold is None else threshold.double())
+            xs = torch.where(kept, x.double(), 0.0)
+            want = xs @ plain + (0.0 if bias is None else bias.double())
+            bound = (d_in + 4) * EPS * (xs.abs() @ plain.abs() + (0.0 if bias is None else bias.double().abs())) + 1e-12
+            assert torch.equal(nnz.long(), kept.sum(1))
+            assert bool(((y.double() - want).abs() <= bound + STORE[x.dtype] * (want.abs() + bound)).all())
+
+
+def test_empty_batch_and_leading_dimensions() -> None:
+    layer = Layer(32, 16)
+    y, nnz = layer.run(torch.zeros(0, 32), "relu", None)
+    assert y.shape == (0, 32) and nnz.shape == (0,)
+    x = torch.randn(2, 3, 32)
+    assert torch.equal(layer.run(x, "relu", None)[0].reshape(6, 32), layer.run(x.reshape(6, 32), "relu", None)[0])
+
+
+def test_bad_arguments() -> None:
+    layer = Layer(32, 16, "int8", 32)
+    x = torch.randn(1, 32)
+    (wg, sg), (wu, su), (wd, sd) = layer.packed
+    good = dict(x=x, wg=wg, wu=wu, wd=wd, sg=sg, su=su, sd=sd, bg=None, bu=None, bd=None, rows="int8", gate="relu", param=None, mask=None,
+                mask_group=1, mode="auto")  # fmt: skip
+    OPS.relu_ffn(**good)
+    for change, message in (
+        ({"x": torch.randn(1, 33)}, r"relu_ffn: su: expected"),
+        ({"x": torch.randn(1, 65)}, r"relu_ffn: wu: expected uint8 \[16, 128\]"),
+        ({"wd": wd[:-1].contiguous()}, r"relu_ffn: wd: expected"),
+        ({"su": None}, r"relu_ffn: su: expected scales"),
+        ({"rows": "int5"}, r"relu_ffn: rows: expected"),
+        ({"gate": "gelu"}, r"relu_ffn: gate: expected one of"),
+        ({"gate": "fatrelu"}, r"relu_ffn: param: expected one"),
+        ({"param": torch.ones(1)}, r"relu_ffn: param: expected none"),
+        ({"gate": "fatrelu", "param": -torch.ones(1)}, r"relu_ffn: param: expected finite values of at least 0"),
+        ({"gate": "top_k", "param": torch.tensor([17.0])}, r"relu_ffn: param: expected a whole number up to 16"),
+        ({"gate": "drelu", "wg": None, "sg": None}, r"relu_ffn: gate: expected a layer with wg"),
+        ({"mask": torch.zeros(1, 3, dtype=torch.uint8)}, r"relu_ffn: mask: expected"),
+        ({"mask": torch.full((1, 1), 255, dtype=torch.uint8), "mask_group": 3}, r"relu_ffn: mask: expected zeros beyond bit 6"),
+        ({"mask_group": 0, "mask": torch.zeros(1, 2, dtype=torch.uint8)}, r"relu_ffn: mask_group: expected at least 1"),
+        ({"mode": "fast"}, r"relu_ffn: mode: expected"),
+        ({"bd": torch.zeros(31)}, r"relu_ffn: bd: expected"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            OPS.relu_ffn(**(good | change))
+    with pytest.raises(RuntimeError, match="relu_ffn_pack: w: expected finite values"):
+        OPS.relu_ffn_pack(torch.full((2, 2), torch.inf), False, "fp32", 0)
+
+
+def test_shapes_for_compilers() -> None:
+    layer = Layer(64, 48, "int4", 32)
+    x = torch.randn(2, 64)
+    (wg, sg), (wu, su), (wd, sd) = layer.packed
+    arguments = (x, wg, wu, wd, sg, su, sd, *layer.biases, "int4", "relu", None, None, 1, "auto")
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS.relu_ffn.default, arguments, test_utils=tests)
+    torch.library.opcheck(OPS.relu_ffn_pack.default, (torch.randn(4, 40), False, "int8", 32), test_utils=tests)
+    torch.library.opcheck(OPS.input_sparse_linear.default, (torch.randn(2, 48), wd, sd, None, None, "int4", 64), test_utils=tests)
+    compiled = torch.compile(lambda x: OPS.relu_ffn(x, *arguments[1:])[0] + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x), OPS.relu_ffn(*arguments)[0] + 1)
+
+
+def test_no_gradient() -> None:
+    layer = Layer(32, 16)
+    x = torch.randn(1, 32, requires_grad=True)
+    with pytest.raises(RuntimeError, match="relu_ffn: expected inputs without gradients"):
+        layer.run(x, "relu", None)[0].sum().backward()
