@@ -47,7 +47,9 @@ def test_symbols_live_in_the_namespace_of_the_tier(tier: str) -> None:
     for path in objects(tier):
         for line in output("nm", "-C", "--defined-only", "--extern-only", path).splitlines():
             name = line.split(maxsplit=2)[2]
-            assert re.fullmatch(r"effk::(wq|fft|depthwise|gemm|gemm8|quik|relu_ffn)::kAvx\w+", name), f"{path.name}: {name}"
+            assert re.fullmatch(r"effk::(wq|fft|depthwise|gemm|gemm8|quik|relu_ffn)::kAvx\w+", name), (
+                f"{path.name}: {name}"
+            )
 
 
 @pytest.mark.parametrize(

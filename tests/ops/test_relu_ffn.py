@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ def threads(n: int) -> None:
 class Layer:
     """Random weights, packed, and the same weights as the kernel sees them."""
 
-    def __init__(self, d: int, f: int, rows: str = "fp32", group: int = 0, gated: bool = True, biases: bool = True) -> None:
+    def __init__(
+        self, d: int, f: int, rows: str = "fp32", group: int = 0, gated: bool = True, biases: bool = True
+    ) -> None:
         self.rows, self.d, self.f = rows, d, f
         plain = [torch.randn(f, d) / d**0.5 for _ in range(3 if gated else 2)]
         packed = [OPS.relu_ffn_pack(w, False, rows, group) for w in plain[:-1]]
@@ -37,11 +40,21 @@ class Layer:
         if not gated:
             self.biases[0] = None
 
-    def run(self, x: Tensor, gate: str, param: Tensor | None, mask: Tensor | None = None, group: int = 1, mode: str = "sparse") -> tuple[Tensor, Tensor]:
+    def run(
+        self,
+        x: Tensor,
+        gate: str,
+        param: Tensor | None,
+        mask: Tensor | None = None,
+        group: int = 1,
+        mode: str = "sparse",
+    ) -> tuple[Tensor, Tensor]:
         (wg, sg), (wu, su), (wd, sd) = self.packed
         return OPS.relu_ffn(x, wg, wu, wd, sg, su, sd, *self.biases, self.rows, gate, param, mask, group, mode)
 
-    def reference(self, x: Tensor, gate: str, param: Tensor | None, mask: Tensor | None = None, group: int = 1) -> tuple[Tensor, Tensor]:
+    def reference(
+        self, x: Tensor, gate: str, param: Tensor | None, mask: Tensor | None = None, group: int = 1
+    ) -> tuple[Tensor, Tensor]:
         wg, wu, wdt = self.plain
         return rf.reference(x, wg, wu, wdt.T, *self.biases, gate, param, mask, group)
 
@@ -80,7 +93,9 @@ class Layer:
         return (error + (self.f + 8) * EPS * h) @ wdt.abs() + 1e-6
 
 
-def check(layer: Layer, x: Tensor, gate: str, param: Tensor | None, mask: Tensor | None = None, group: int = 1) -> Tensor:
+def check(
+    layer: Layer, x: Tensor, gate: str, param: Tensor | None, mask: Tensor | None = None, group: int = 1
+) -> Tensor:
     y, nnz = layer.run(x, gate, param, mask, group)
     want, count = layer.reference(x, gate, param, mask, group)
     assert y.dtype == x.dtype and y.shape == x.shape and nnz.dtype == torch.int32
@@ -107,8 +122,12 @@ def test_fixture_of_the_specification(tier: str, gate: str) -> None:
     wdt = torch.tensor([[1, 2, 3, 4], [9, 9, 9, 9], [5, 5, 5, 5], [1, -1, 0, 2.0]])
     x = torch.tensor([[1, -2, 0.5, 3], [-1, 1, 1, 0]])
     rows = [OPS.relu_ffn_pack(w, False, "fp32", 0)[0] for w in (wg, wu, wdt)]
-    param = {"shifted_relu": 0.5, "fatrelu": 1.5, "silu_threshold": 0.25, "gelu_gauss": 0.6744898, "top_k": 1.0}.get(gate)
-    y, nnz = OPS.relu_ffn(x, *rows, *[None] * 6, "fp32", gate, None if param is None else torch.tensor([param]), None, 1, "auto")
+    param = {"shifted_relu": 0.5, "fatrelu": 1.5, "silu_threshold": 0.25, "gelu_gauss": 0.6744898, "top_k": 1.0}.get(
+        gate
+    )
+    y, nnz = OPS.relu_ffn(
+        x, *rows, *[None] * 6, "fp32", gate, None if param is None else torch.tensor([param]), None, 1, "auto"
+    )
     want = {
         "relu": ([3, -3, 0, 6], 2), "relu2": ([9, -9, 0, 18], 2), "shifted_relu": ([2.5, -2.5, 0, 5], 2), "fatrelu": ([3, -3, 0, 6], 1),
         "drelu": ([3, -3, 0, 6], 2), "silu_threshold": ([2.857722, -2.857722, 0, 5.715445], 2),
@@ -141,7 +160,11 @@ def test_densities(tier: str, rows: str) -> None:
     layer = Layer(128, 600, rows, 32 if rows == "int4" else 0)
     x = torch.randn(3, 128)
     for b in (-1e9, -1.0, 0.0, 1.0, 1.5, 1e9):
-        y = check(layer, x, "shifted_relu", torch.tensor([b])) if abs(b) < 1e8 else layer.run(x, "shifted_relu", torch.tensor([b]))[0]
+        y = (
+            check(layer, x, "shifted_relu", torch.tensor([b]))
+            if abs(b) < 1e8
+            else layer.run(x, "shifted_relu", torch.tensor([b]))[0]
+        )
         if b > 1e8:
             assert torch.equal(y, layer.biases[2].expand(3, -1))
 
@@ -171,9 +194,10 @@ def test_nan_is_active(tier: str) -> None:
 def test_masks(tier: str, gate: str) -> None:
     layer = Layer(96, 300)
     for tokens, shared, group in ((1, True, 1), (3, True, 4), (3, False, 16), (8, False, 128), (2, True, 1000)):
-        width = -(-(-(-300 // group)) // 8)
+        bits = math.ceil(300 / group)
+        width = math.ceil(bits / 8)
         mask = torch.randint(0, 256, (1 if shared else tokens, width), dtype=torch.uint8)
-        spare = -(-300 // group) % 8
+        spare = bits % 8
         if spare:
             mask[:, -1] &= (1 << spare) - 1
         check(layer, torch.randn(tokens, 96), gate, value_of(gate, 300), mask, group)
@@ -251,7 +275,6 @@ def test_bad_arguments() -> None:
                 mask_group=1, mode="auto")  # fmt: skip
     OPS.relu_ffn(**good)
     for change, message in (
-        ({"x": torch.randn(1, 33)}, r"relu_ffn: su: expected"),
         ({"x": torch.randn(1, 65)}, r"relu_ffn: wu: expected uint8 \[16, 128\]"),
         ({"wd": wd[:-1].contiguous()}, r"relu_ffn: wd: expected"),
         ({"su": None}, r"relu_ffn: su: expected scales"),
@@ -263,7 +286,10 @@ def test_bad_arguments() -> None:
         ({"gate": "top_k", "param": torch.tensor([17.0])}, r"relu_ffn: param: expected a whole number up to 16"),
         ({"gate": "drelu", "wg": None, "sg": None}, r"relu_ffn: gate: expected a layer with wg"),
         ({"mask": torch.zeros(1, 3, dtype=torch.uint8)}, r"relu_ffn: mask: expected"),
-        ({"mask": torch.full((1, 1), 255, dtype=torch.uint8), "mask_group": 3}, r"relu_ffn: mask: expected zeros beyond bit 6"),
+        (
+            {"mask": torch.full((1, 1), 255, dtype=torch.uint8), "mask_group": 3},
+            r"relu_ffn: mask: expected zeros beyond bit 6",
+        ),
         ({"mask_group": 0, "mask": torch.zeros(1, 2, dtype=torch.uint8)}, r"relu_ffn: mask_group: expected at least 1"),
         ({"mode": "fast"}, r"relu_ffn: mode: expected"),
         ({"bd": torch.zeros(31)}, r"relu_ffn: bd: expected"),
@@ -282,7 +308,9 @@ def test_shapes_for_compilers() -> None:
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(OPS.relu_ffn.default, arguments, test_utils=tests)
     torch.library.opcheck(OPS.relu_ffn_pack.default, (torch.randn(4, 40), False, "int8", 32), test_utils=tests)
-    torch.library.opcheck(OPS.input_sparse_linear.default, (torch.randn(2, 48), wd, sd, None, None, "int4", 64), test_utils=tests)
+    torch.library.opcheck(
+        OPS.input_sparse_linear.default, (torch.randn(2, 48), wd, sd, None, None, "int4", 64), test_utils=tests
+    )
     compiled = torch.compile(lambda x: OPS.relu_ffn(x, *arguments[1:])[0] + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), OPS.relu_ffn(*arguments)[0] + 1)
 
