@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-OPS = ("wq_linear", "fftconv", "dense_linear", "dyad_linear", "runtime")
+OPS = ("wq_linear", "fftconv", "dense_linear", "dyad_linear", "quik_linear", "runtime")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -61,7 +61,7 @@ def main(
         typer.Option(
             "--kind",
             help="fftconv: forward,forward uncached,gated,backward,decode,memory; dyad_linear: forward, training or "
-            "feed-forward, each with fp32 or bf16, e.g. 'forward fp32,training bf16'.",
+            "feed-forward, each with fp32 or bf16, e.g. 'forward fp32,training bf16'; quik_linear: product,layer.",
         ),
     ] = "",
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure competitors too.")] = True,
@@ -107,6 +107,11 @@ def main(
         if names := [f"--{name}" for name, value in {"bits": bits, "compute": compute}.items() if value]:
             raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
         layers(op, quick, threads, json_file, isa, m, shape, kinds, baselines, console)
+        return
+    if op == "quik_linear":
+        if names := [f"--{name}" for name, value in {"bits": bits, "compute": compute}.items() if value]:
+            raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
+        quantised(quick, threads, json_file, isa, m, shape, kinds, baselines, console)
         return
     linear(quick, threads, json_file, isa, m, bits, compute, shape, baselines, console)
 
@@ -199,6 +204,39 @@ def layers(
     with console.status("measuring") as status:
         result = dyad_table.run(plan, lambda text: (status.update(text), console.log(text)))
     save(json_file, result, op)
+    report.print_run(result, console)
+
+
+def quantised(
+    quick: bool,
+    threads: int,
+    json_file: Path | None,
+    isa: str,
+    m: str,
+    shape: str,
+    kinds: str,
+    baselines: bool,
+    console: Console,
+) -> None:
+    """The quik_linear table."""
+    import torch
+
+    from . import measure, quik_table, report
+    from . import quik_problem as problem
+
+    plan = quik_table.Plan(
+        some_of("--shape", shape, {str(s): s for s in problem.LAYERS}, problem.LAYERS[: 1 if quick else None]),
+        threads,
+        tiers_of(isa),
+        integers(m) if m else (1, 128) if quick else problem.ROWS,
+        some_of("--kind", kinds, {name: name for name in problem.KINDS}, problem.KINDS),
+        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
+        turns=3 if quick else 5,
+        baselines=baselines,
+    )
+    with console.status("measuring") as status, torch.inference_mode():
+        result = quik_table.run(plan, lambda text: (status.update(text), console.log(text)))
+    save(json_file, result, "quik_linear")
     report.print_run(result, console)
 
 

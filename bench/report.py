@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 OURS = "effk"
-WITH_KINDS = ("fftconv", "dense_linear", "dyad_linear")  # ops whose case starts with what is done
+WITH_KINDS = ("fftconv", "dense_linear", "dyad_linear", "quik_linear")  # ops whose case starts with what is done
 COLD, WARM = "cold", "warm"
 
 
@@ -167,6 +167,10 @@ def shape_name(row: Row) -> str:
     s = row.shape
     if row.op == "fftconv":
         return f"{s['B']}x{s['H']}x{s['L']}"
+    if "bits_w" in s:
+        return f"M={s['M']} {s['N']}x{s['K']} W{s['bits_w']}A{s['bits_a']}" + f" + {s['outliers']}" * (
+            s["outliers"] > 0
+        )
     if "d_in" in s:
         f_in, f_out = layer_sides(row)
         return f"T={s['T']} {f_in}x{f_out}" + (f" n={s['n']}" if s["n"] > 1 else "")

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from . import bars, dyad_page
+from . import bars, dyad_page, quik_page
 from .fftconv_problem import KINDS
 from .report import COLD, Row, best_competitor, figure, geomean, read_jsonl, set_vs_best, shape_name
 
@@ -15,7 +15,7 @@ LEGEND = (
     "competitors whose settings say so run all copies in one graph. % roof: least possible time (bytes over the DRAM "
     "bandwidth read between the rows, or operations over the measured peak) over the time. x best: time of the fastest "
     "competitor of the same bits (fftconv: of the same kind, allocators tuned for it included) over ours. Dense and "
-    "DYAD layers: both sides in the same dtype, weights cold for one token only."
+    "DYAD layers: both sides in the same dtype, weights cold for one token only. Quantised layers: weights cold for up to 8 rows."
 )
 FOLDER = Path(__file__).parent / "results"
 
@@ -53,6 +53,9 @@ def page(rows: list[Row], paths: Sequence[Path]) -> Iterator[str]:
         for op, title in dyad_page.sections(here):
             yield from ["", f"### {title}", "", *dyad_page.notes(here)]
             yield from table(dyad_page.HEADER, dyad_page.lines(here, op))
+        for kind, title in quik_page.sections(here):
+            yield from ["", f"### {title}", "", *quik_page.notes(here)]
+            yield from table(quik_page.HEADERS[kind], quik_page.lines(here, kind))
         if any(r.op == "runtime" for r in here):
             yield from ["", "### Whole models", "", *models(here)]
         missing = sorted(
