@@ -66,6 +66,7 @@ fuzz: build
 	build/cmake-*/tests/cpp/fuzz_wq_linear 1000000
 	build/cmake-*/tests/cpp/fuzz_fftconv 1000000
 	build/cmake-*/tests/cpp/fuzz_dyad 200000
+	build/cmake-*/tests/cpp/fuzz_quik 200000
 
 sanitize: .venv/installed
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DEFFK_PYTHON=OFF \
@@ -74,6 +75,7 @@ sanitize: .venv/installed
 	build/sanitize/tests/cpp/fuzz_wq_linear 100000
 	build/sanitize/tests/cpp/fuzz_fftconv 20000
 	build/sanitize/tests/cpp/fuzz_dyad 20000
+	build/sanitize/tests/cpp/fuzz_quik 20000
 
 lint: .venv/installed
 	@$(PIP) ruff==0.17.5

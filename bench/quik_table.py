@@ -94,7 +94,7 @@ def least_us(entry: Entry, problem: Problem, kind: str, limits: machine.Machine,
     extra = len(problem.outliers) if entry.outliers else 0
     work = 2.0 * m * n * (k - extra) / limits.peak("int8", tier) / 1e3
     if extra:
-        work += 2.0 * m * n * extra / limits.peak("bf16", tier) / 1e3
+        work += 2.0 * m * n * extra / (limits.peak("bf16", tier) or limits.peak("fp32", tier)) / 1e3
     nbytes = n * ((k - extra) * entry.bits / 8 + 2 * extra)
     return max(work, nbytes / dram / 1e3 * (m <= FEW))
 

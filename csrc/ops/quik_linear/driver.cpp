@@ -152,15 +152,19 @@ struct Plan {
           k.dequantize({c, ldc, rows, columns, from.scale + at, from.zero + at, float(1 << (a.bits_a - 1)), w.scales + n0, w.reduced + n0,
                         w.bias ? shifted(w.bias, n0, w.bias_dtype) : nullptr, w.bias_dtype, 0, y});
           if (w.outliers) {
-            const char* panels = static_cast<const char*>(w.outliers) + j * panel_tile;
-            const int64_t units = panel::padded(a.split.n_out, w.out_dtype) / gemm::unit_k(g.form);
+            const uint8_t* panels = static_cast<const uint8_t*>(w.outliers) + j * panel_tile;
+            const int64_t units = panel::padded(a.split.n_out, w.out_dtype) / gemm::unit_k(g.form), blocks = ceil_div(rows, g.rows);
+            // The panels of the next group are fetched meanwhile, a part by each block of rows.
+            const bool more = j + tiles_here < j1;
+            const int64_t share = more && blocks > 1 ? ceil_div(std::min(tiles_here, j1 - j - tiles_here) * panel_tile, blocks * units * 64) * 64 : 0;
             for (int64_t d = 0, step; d < tiles_here; d += step) {
               step = gemm::next_tiles(tiles_here - d, g.tiles);
-              for (int64_t r = 0; r < rows; r += g.rows)
-                g.multiply({from.outliers[f] + (at + r) / g.rows * o_block[f], std::min<int64_t>(g.rows, rows - r) * gemm::kUnitBytes,
-                            reinterpret_cast<const uint8_t*>(panels) + d * panel_tile, panel_tile, units,
-                            nullptr, true, y + r * ldc + d * panel::kColumns, ldc, int(std::min<int64_t>(g.rows, rows - r)), int(step), panel::kColumns,
-                            w.out_dtype, nullptr, 0});
+              for (int64_t b = 0; b < blocks; ++b) {
+                const int64_t in_block = std::min<int64_t>(g.rows, rows - b * g.rows);
+                g.multiply({from.outliers[f] + (at / g.rows + b) * o_block[f], in_block * gemm::kUnitBytes, panels + d * panel_tile, panel_tile, units,
+                            nullptr, true, y + b * g.rows * ldc + d * panel::kColumns, ldc, int(in_block), int(step), panel::kColumns, w.out_dtype,
+                            panels + tiles_here * panel_tile + b * share * units, d ? 0 : share});
+              }
             }
           }
         },
