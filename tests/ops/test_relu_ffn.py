@@ -169,6 +169,25 @@ def test_densities(tier: str, rows: str) -> None:
             assert torch.equal(y, layer.biases[2].expand(3, -1))
 
 
+def test_thresholds_of_neurons(tier: str) -> None:
+    layer = Layer(128, 600)
+    check(layer, torch.randn(2, 128), "fatrelu", torch.rand(600))
+
+
+def test_ties_of_top_k(tier: str) -> None:
+    """Of equal gates the first are kept, in blocks and across them."""
+    layer = Layer(64, 600, biases=False)
+    wg = torch.randn(1, 64).expand(600, 64) * torch.tensor([1.0, -1.0]).repeat(300)[:, None]
+    layer.packed[0], layer.plain[0] = (OPS.relu_ffn_pack(wg.contiguous(), False, "fp32", 0)[0], None), wg
+    x = torch.randn(1, 64)
+    for k in (1, 5, 300, 599):
+        y, nnz = layer.run(x, "top_k", torch.tensor([float(k)]))
+        layer.packed[1][0].view(torch.float32)[k:] = torch.nan
+        again, _ = layer.run(x, "top_k", torch.tensor([float(k)]))
+        layer.packed[1] = OPS.relu_ffn_pack(layer.plain[1], False, "fp32", 0)[0], None
+        assert nnz == k and torch.equal(y, again), k
+
+
 def test_inactive_rows_are_not_read(tier: str) -> None:
     """NaN in rows of up and down that no gate lets through reaches nothing."""
     layer = Layer(64, 40, biases=False)
