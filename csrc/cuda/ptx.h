@@ -11,7 +11,7 @@ namespace effk::ptx {
 EFFK_PTX uint32_t smem_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
 // Starts a copy of 16 bytes to shared memory past L1; only the first `bytes` are read, the rest is filled with zeros.
-// Both addresses are aligned to 16; with bytes = 0 the source is not touched.
+// Both addresses are aligned to 16; with bytes = 0 the source is not touched, and may lie outside any array.
 EFFK_PTX void cp_async16(void* smem, const void* gmem, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(smem_address(smem)), "l"(gmem), "r"(bytes) : "memory");
 }

@@ -15,7 +15,7 @@
 //
 // Bound: tensor cores. Predicted for an H100 (mma.sync int8 about 1190 Top/s, 60 % of wgmma): the 256 x 128 tile reads 64
 // KiB (4-bit weights: 48) of shared memory for 512 mma of 1.6 clocks each, and writes 24 (16): 704 (512) of 820 clocks;
-// L2: 30 (20) bytes a clock. Expected 85 to 90 % of what mma.sync reaches. Not run on a GPU.
+// L2: 30 (20) bytes a clock; a scheduler issues about 430 of the 820 instructions it could (SASS). Expected 85 to 90 % of what mma.sync reaches. Not run on a GPU.
 #pragma once
 #include "cuda/cu.h"
 #include "cuda/gemm_problem.h"
@@ -70,27 +70,43 @@ __device__ __forceinline__ int feature_of_line(int line) {
   return line / 32 * 32 + g / 4 * 16 + g % 4 * 4 + 2 * second + half;
 }
 
+// A thread's copies of one stage of integers. Where they come from and go to advances by constants, so that a stage costs
+// little more than the copies: the warps of a tile leave few issue slots beside their mma. A copy of no bytes does not
+// touch its source, which may then lie anywhere.
 template <Operands kOperands, class S>
-__device__ __forceinline__ void load_integers(unsigned char* to, const MmaArgs& a, int stage, int tile0, int token0) {
-  constexpr int kChunks = kUnits<kOperands> * 4;
-  static_assert(S::bm / 16 * kChunks % S::threads == 0 && S::bn * 4 % S::threads == 0, "whole rounds of copies");
-#pragma unroll
-  for (int j = 0; j < S::bm / 16 * kChunks / S::threads; ++j) {
-    const int i = int(threadIdx.x) + j * S::threads, tile = i / kChunks, chunk = i % kChunks;
-    const int64_t from = int64_t(stage) * (kChunks * 16) + chunk * 16;
-    const bool inside = from < a.tile_bytes && tile0 + tile < a.tiles;
-    ptx::cp_async16(to + tile * (kChunks * 16) + unit_place<kOperands>(chunk),
-                    inside ? a.p.packed + (tile0 + tile) * a.tile_bytes + from : a.p.packed, inside ? 16 : 0);
+struct IntegerLoader {
+  static constexpr int kChunks = kUnits<kOperands> * 4, kTiles = S::bm / 16, kTileStep = S::threads / kChunks, kTokenStep = S::threads / 4;
+  static_assert(S::threads % kChunks == 0 && kTiles % kTileStep == 0 && S::bn % kTokenStep == 0, "whole rounds of copies");
+
+  const uint8_t *unit, *code;       // of the next stage, first round
+  int64_t unit_step, code_step;     // from one round to the next
+  int unit_to, left;                // place in a slot; stages in which the units exist
+  int tiles, tokens;                // rounds whose tile or token exists
+
+  __device__ __forceinline__ IntegerLoader(const MmaArgs& a, int tile0, int token0) {
+    const int i = int(threadIdx.x), tile = i / kChunks, chunk = i % kChunks, token = i / 4;
+    unit = a.p.packed + (tile0 + tile) * a.tile_bytes + chunk * 16;
+    unit_step = kTileStep * a.tile_bytes;
+    unit_to = tile * (kChunks * 16) + unit_place<kOperands>(chunk);
+    left = int((a.tile_bytes - chunk * 16 + kChunks * 16 - 1) / (kChunks * 16));
+    tiles = (a.tiles - tile0 - tile + kTileStep - 1) / kTileStep;
+    code = a.p.codes + (int64_t(token0) + token) * a.row_bytes + i % 4 * 16;
+    code_step = kTokenStep * a.row_bytes;
+    tokens = int(min((a.p.m - token0 - token + kTokenStep - 1) / kTokenStep, int64_t(S::bn)));
   }
-  unsigned char* const tokens = to + S::bm * kStageBytes;
+
+  __device__ __forceinline__ void load(unsigned char* to) {
 #pragma unroll
-  for (int j = 0; j < S::bn * 4 / S::threads; ++j) {
-    const int i = int(threadIdx.x) + j * S::threads, token = i / 4, chunk = i % 4;
-    const bool inside = token0 + token < a.p.m;
-    ptx::cp_async16(tokens + i * 16, inside ? a.p.codes + (token0 + token) * a.row_bytes + stage * kStageBytes + chunk * 16 : a.p.codes,
-                    inside ? 16 : 0);
+    for (int j = 0; j < kTiles / kTileStep; ++j)
+      ptx::cp_async16(to + unit_to + j * (kTileStep * kChunks * 16), unit + j * unit_step, j < tiles && left > 0 ? 16 : 0);
+#pragma unroll
+    for (int j = 0; j < S::bn / kTokenStep; ++j)
+      ptx::cp_async16(to + S::bm * kStageBytes + (int(threadIdx.x) + j * S::threads) * 16, code + j * code_step, j < tokens ? 16 : 0);
+    unit += kChunks * 16;
+    code += kStageBytes;
+    --left;
   }
-}
+};
 
 template <class S>
 __device__ __forceinline__ void load_outliers(unsigned char* to, const MmaArgs& a, int stage, int feature0, int token0) {
@@ -231,9 +247,10 @@ __global__ void __launch_bounds__(S::threads, S::blocks) quik_mma_kernel(const M
   const int feature0 = in_group / columns * S::bm, token0 = (group * kGroup + in_group % columns) * S::bn;
 
   const int stages = a.int_stages + a.out_stages;
+  IntegerLoader<kOperands, S> integer_loader(a, feature0 / t16::kTileRows, token0);
   const auto load = [&](int stage) {
     unsigned char* const to = smem + stage % S::stages * kSlot<S>;
-    if (stage < a.int_stages) load_integers<kOperands, S>(to, a, stage, feature0 / t16::kTileRows, token0);
+    if (stage < a.int_stages) integer_loader.load(to);
     else load_outliers<S>(to, a, stage - a.int_stages, feature0, token0);
   };
   // Waits for a stage and starts the copies of the one that takes the place of the stage before it.
