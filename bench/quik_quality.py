@@ -40,6 +40,8 @@ CALIBRATION = {"sequences": 8, "length": 512, "batch": 8}
 CONTEXT, WINDOWS = 1024, 4
 TRAIN_SENTENCES, TEST_SENTENCES = 300, 500
 
+_ATTENTION = "*att[en]*"  # self_attn and attention
+
 # Compression -> fields of the recipe. "-d8", "-d4": bits of the down projection's weights.
 COMPRESSIONS: dict[str, dict[str, Any]] = {
     "32-d8": {"outliers": 32, "down_bits": 8},
@@ -59,6 +61,14 @@ COMPRESSIONS: dict[str, dict[str, Any]] = {
     "rotate-d4": {"rotate": True, "down_bits": 4},
     "rotate-d8-nearest": {"rotate": True, "down_bits": 8, "second_order": False},
     "0-d8-nearest": {"outliers": 0, "down_bits": 8, "second_order": False},
+    "32-d8-pruned": {"outliers": 32, "down_bits": 8, "pattern": "2:4"},
+    "32-d8-pruned-attention": {"outliers": 32, "down_bits": 8, "per_layer": {_ATTENTION: {"pattern": "2:4"}}},
+    "32-d8-pruned-mlp": {
+        "outliers": 32,
+        "down_bits": 8,
+        "pattern": "2:4",
+        "per_layer": {_ATTENTION: {"pattern": None}},
+    },
 }
 Row = dict[str, Any]
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -197,6 +207,13 @@ ORDERINGS = (
     ("3.3", "clipping helps round to nearest", "32-d8-nearest-a4-down8", "32-d8-nearest-noclip-a4-down8"),
     ("8.2", "8-bit activations beat 4-bit ones", "32-d8-a8", "32-d8-a4-down8"),
     ("10.6", "W8A8 with outliers no worse than without", "32-w8-a8", "0-w8-a8"),
+    (
+        "10.5",
+        "2:4 in attention costs less than in the feed-forward networks",
+        "32-d8-pruned-attention-a16",
+        "32-d8-pruned-mlp-a16",
+    ),
+    ("10.5", "dense beats 2:4", "32-d8-a16", "32-d8-pruned-a16"),
     ("13", "rotation without outliers beats no outliers", "rotate-d8-a4-down8", "0-d8-a4-down8"),
 )
 
