@@ -5,6 +5,8 @@
 // Per step of 4 k: MR broadcasts, NT loads, MR x NT dot products. In 512 bits with VNNI 8 x 3 as in simd/gemm.h: 11 loads for 24
 // dot products, two of each a cycle. Without VNNI a dot product of 4-bit codes is three instructions, of 8-bit codes six (the
 // codes are cut into nibbles, whose 16-bit sums cannot saturate: 15 * 128 * 2), and blocks are smaller, 4 x 1 in 256 bits.
+// Bound: dot products. Reached on Zen 5 with VNNI, of the peak measured in the same run, one core: 98 to 100 % by all blocks of a
+// layer with 128 rows or more, 85 to 96 % with packing and the store of int32 results. Without VNNI the rate is a tenth to a fifth.
 #pragma once
 #include "gemm/int8/int8.h"
 
