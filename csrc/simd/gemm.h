@@ -9,9 +9,10 @@
 // Per step: MR broadcasts, NT loads, MR x NT multiply-adds. In 512 bits 8 x 3: 11 loads for 24 multiply-adds, two of each a
 // cycle; 24 accumulators, 3 operands of b and one of a are 28 of 32 registers. In 256 bits 6 x 1 (a tile is two registers):
 // 8 loads for 12, 15 of 16 registers.
-// Reached on Zen 5, of the multiply-add peak measured in the same run, one core, T = 512, whole layers with all packing of
-// activations: dense 82 to 92 % in fp32 and 93 to 98 % in bf16, DYAD n = 4 76 to 92 % and 90 to 94 %, n = 8 73 to 90 % and 85 to 89 %.
-// Gap: layers with few outputs a block (3072 -> 768 at n = 8 has 96), where packing activations is a tenth of the time.
+// Reached on Zen 5, of the multiply-add peak measured in the same run, one core, T = 512 and 2048, whole layers with all packing of
+// activations: dense 81 to 91 % in fp32 and 79 to 93 % in bf16, DYAD n = 4 up to 92 and 90 %, n = 8 up to 90 and 87 %.
+// Gap: layers with few outputs a block (3072 -> 768 at n = 8 has 96), where packing activations is a tenth of the time, and
+// weights that come from memory.
 #pragma once
 #include "gemm/kernels.h"
 #include "simd/convert.h"
