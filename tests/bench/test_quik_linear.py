@@ -44,7 +44,8 @@ def test_every_backend_gives_the_exact_results(kind: str, m: int, few_copies: No
         if kind == LAYER or not outliers
     }
     assert ours <= found
-    assert any(not name.startswith("effk") for name, *_ in found)
+    if kind == LAYER or m > 16:  # torch._int_mm takes no fewer rows, and other products need packages that are optional
+        assert any(not name.startswith("effk") for name, *_ in found)
 
 
 def test_the_oracle_is_the_layer() -> None:
