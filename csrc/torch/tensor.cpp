@@ -167,6 +167,24 @@ Tensor result(const int64_t* sizes, int64_t dim, int32_t dtype) {
   return Tensor(handle);
 }
 
+Tensor weights(const int64_t* sizes, int64_t dim, int32_t dtype) {
+  constexpr int64_t kMaxDim = 64;
+  int64_t strides[kMaxDim], step = 1;
+  for (int64_t i = dim; i-- > 0;) {
+    strides[i] = step;
+    step *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  const size_t bytes = size_t(step), page = ResultPool::kPage;
+  if (dtype != dtypes().u8 || bytes < page) return empty(sizes, dim, dtype);
+  void* data = std::aligned_alloc(page, (bytes + page - 1) / page * page);
+  if (!data) throw std::bad_alloc();
+  ask_for_large_pages(data, bytes / page * page);  // what is left over stays in small ones, or up to 2 MB would be wasted
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(data, dim, sizes, strides, 0, dtype, dtypes().cpu, -1, &handle,
+                                         aoti_torch_layout_strided(), nullptr, 0, [](void* p, void*) { std::free(p); }, nullptr));
+  return Tensor(handle);
+}
+
 void* scratch(size_t bytes) {
   constexpr size_t kAlign = 64, kKeep = size_t(4) << 20;
   struct Room {  // what is large comes from the pool and goes back there

@@ -16,7 +16,7 @@ Tensor pack(const Tensor& w, const std::string& dtype) {
   const bool ok = view.dim == 2 && view.sizes[0] >= 1 && view.sizes[1] >= 1 && view.sizes[0] <= kMaxSide && view.sizes[1] <= kMaxSide;
   if (!ok || !view.contiguous || !(view.home == kCpu)) arg.fail("[f_out, f_in] with sides of at least 1, contiguous, on cpu", view.text());
   const panel::Shape s{panel::Kind::dense, to, 1, view.sizes[0], view.sizes[1]};
-  Tensor packed = result({s.bytes()}, dtypes().u8);
+  Tensor packed = weights({s.bytes()}, dtypes().u8);
   uint8_t* bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
   panel::write_header(s, bytes);
   gemm::pack(s, view.data(), nullptr, from, false, bytes + panel::kHeaderBytes, torch_pool());

@@ -83,7 +83,7 @@ Tensor pack(const Tensor& wl, const Tensor& wu, const std::string& variant, cons
   const DType to = parse_dtype(op, dtype);
   const Components c = make_components(op, wl, wu);
   const panel::Shape s = shape_of(c, kind, to);
-  Tensor packed = result({s.bytes()}, dtypes().u8);
+  Tensor packed = weights({s.bytes()}, dtypes().u8);
   uint8_t* bytes = static_cast<uint8_t*>(packed.mutable_data_ptr());
   panel::write_header(s, bytes);
   gemm::pack(s, c.wl.data(), c.wu.data(), c.dtype, false, bytes + panel::kHeaderBytes, torch_pool());

@@ -106,7 +106,7 @@ std::tuple<Tensor, Tensor> relu_ffn_pack(const Tensor& w, bool transpose, const 
     const float v = dtype == DType::f32 ? view.data<float>()[i] : dtype == DType::bf16 ? bf16_to_float(view.data<uint16_t>()[i]) : f16_to_float(view.data<uint16_t>()[i]);
     EFFK_CHECK(std::isfinite(v), op, ": w: expected finite values, because inactive neurons count as zero, got ", v, " at ", i);
   }
-  Tensor packed = result({f, neuron::row_bytes(kind, d)}, dtypes().u8);  // in large pages: rows are read here and there
+  Tensor packed = weights({f, neuron::row_bytes(kind, d)}, dtypes().u8);
   const bool scaled = neuron::quantised(kind);
   Tensor scales = scaled ? empty({f, neuron::groups(d, group)}, dtypes().f32) : empty({0}, dtypes().f32);
   relu_ffn::pack(view.data(), dtype, transpose, f, d, kind, scaled ? group : 0, static_cast<uint8_t*>(packed.mutable_data_ptr()),

@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack(const Tensor& qweight, const Ten
     }
   });
 
-  Tensor packed = empty({tiles, t16::chunks(k, b), t16::chunk_bytes(b)}, d.u8);
+  Tensor packed = weights({tiles, t16::chunks(k, b), t16::chunk_bytes(b)}, d.u8);
   Tensor scales_p = empty({tiles, groups, t16::kTileRows}, s.dtype);
   Tensor zeros_p = has_zeros ? empty({tiles, groups, t16::kTileRows}, d.u8) : empty({0}, d.u8);
   wq_pack(q.data<uint8_t>(), s.data(), z, n, k, b, group_size, s.dtype == d.f32 ? 4 : 2,
