@@ -1,7 +1,7 @@
 // The loops of relu_ffn over the vector vocabulary of csrc/simd, for one token at a time or up to four together. Bound: reading the
 // weights, a multiply-add of fp32 a weight and token; rows of other types are widened in registers. Reached on Zen 5, one core,
-// 4096 x 11008 from memory at 40 GB/s: products 33 to 37 GB/s in bf16 and int8, 26 in int4; sums of rows 32 to 36 when all are
-// read and 22 to 26 when one in two to ten is, int4 19 and 10. Gap: short runs, behind which the hardware fetches lines that nobody
+// 4096 x 11008 from memory at 40 GB/s: products 35 to 38 GB/s in bf16 and int8, 25 in int4; sums of rows 34 to 36 when all are
+// read and 20 to 27 when one in two to ten is, int4 18 and 11. Gap: short runs, behind which the hardware fetches lines that nobody
 // reads; int4 sums are bound by arithmetic. Four rows a visit of y in bf16 and int8 read all at 26, one row a visit in int4 at 15.
 #pragma once
 #include <type_traits>
