@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 
 import torch
 
@@ -20,9 +19,9 @@ import effk
 from . import dense_linear, dyad_linear, machine
 from .baselines import onnxruntime_dense, openvino_dense, torch_bmm, torch_dense
 from .dyad_problem import BLOCKS, FF, KINDS, TOKENS, TRAINING, Layer, Made, Problem, flops, weight_bytes
-from .measure import PLAUSIBLE, QUIET_WAIT_S, Block, Result, Say, Session, try_build
+from .measure import PLAUSIBLE, QUIET_WAIT_S, Block, Result, Say, Session, in_turn, try_build
 from .report import Row, set_vs_best
-from .timing import Contender, summary
+from .timing import summary
 
 DENSE, DYAD = "dense_linear", "dyad_linear"
 Function = Callable[[Problem, str, int, int], Made | None]
@@ -147,23 +146,14 @@ def block(plan: Plan, session: Session, problem: Problem, kind: str, say: Say) -
         found.append((entry, made, match))
     problem.forget()
     say(f"{problem.layer} T={problem.tokens} {kind}: {len(found)} backends")
-    timed = session.block({str(i): contender(entry, made) for i, (entry, made, _) in enumerate(found)})
+    timed = session.block(
+        {str(i): in_turn(made.call, made.products, entry.isa) for i, (entry, made, _) in enumerate(found)}
+    )
     for i, (entry, _, match) in enumerate(found):
         rows = rows_of(plan, entry, problem, kind, timed, timed.samples[str(i)], match, result.machine)
         result.rows += rows
         if rows[0].roofline > PLAUSIBLE:
             say(f"implausible: {entry} {problem.layer} {kind}: {rows[0].roofline:.2f} of the bound")
-
-
-def contender(entry: Entry, made: Made) -> Contender:
-    """Inputs and copies of the weight in turn, on the entry's tier."""
-    turns = count()
-
-    def activate() -> None:
-        if entry.isa != "native":
-            effk.isa.use(entry.isa)
-
-    return Contender(lambda: made.call(next(turns)), made.products, activate)
 
 
 def run(plan: Plan, say: Say) -> Result:

@@ -6,6 +6,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
+
+import effk
 
 from . import machine
 from .report import Row
@@ -74,6 +77,17 @@ class Session:
         self.result.foreign.append(share)
         self.result.dram.append(dram)
         return Block(samples, dram)
+
+
+def in_turn(call: Callable[[int], object], products: int, isa: str) -> Contender:
+    """``call(0)``, ``call(1)`` …: inputs and copies of the weight in turn, on the tier ``isa`` unless that is "native"."""
+    turns = count()
+
+    def activate() -> None:
+        if isa != "native":
+            effk.isa.use(isa)
+
+    return Contender(lambda: call(next(turns)), products, activate)
 
 
 def try_build(build: Callable[[], object], name: str, result: Result, say: Say) -> object | None:

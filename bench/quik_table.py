@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 
 import torch
 
@@ -16,10 +15,10 @@ import effk
 from . import machine, quik_linear
 from .baselines import onnxruntime_quik, torch_quik
 from .baselines.torch_dense import AVOIDS, avoids_avx512
-from .measure import PLAUSIBLE, QUIET_WAIT_S, Result, Say, Session, try_build
+from .measure import PLAUSIBLE, QUIET_WAIT_S, Result, Say, Session, in_turn, try_build
 from .quik_problem import BITS, BITS_A, FEW, KINDS, LAYERS, PRODUCT, ROWS, Layer, Made, Problem
 from .report import Row, set_vs_best
-from .timing import Contender, summary
+from .timing import summary
 
 OP = "quik_linear"
 
@@ -125,7 +124,9 @@ def block(plan: Plan, session: Session, problem: Problem, kind: str, say: Say) -
     if not found:
         return
     say(f"{problem.layer} M={problem.m} {kind}: {len(found)} backends")
-    timed = session.block({str(i): contender(entry, made) for i, (entry, made, _) in enumerate(found)})
+    timed = session.block(
+        {str(i): in_turn(made.call, made.products, entry.isa) for i, (entry, made, _) in enumerate(found)}
+    )
     for i, (entry, _, match) in enumerate(found):
         timing = summary(timed.samples[str(i)])
         layer, m = problem.layer, problem.m
@@ -149,17 +150,6 @@ def block(plan: Plan, session: Session, problem: Problem, kind: str, say: Say) -
         result.rows.append(row)
         if share > PLAUSIBLE:
             say(f"implausible: {entry} {layer} {kind}: {share:.2f} of the bound")
-
-
-def contender(entry: Entry, made: Made) -> Contender:
-    """Copies of the weight in turn, on the entry's tier."""
-    turns = count()
-
-    def activate() -> None:
-        if entry.isa != "native":
-            effk.isa.use(entry.isa)
-
-    return Contender(lambda: made.call(next(turns)), made.products, activate)
 
 
 def run(plan: Plan, say: Say) -> Result:
