@@ -2,90 +2,16 @@
 #include "ops/relu_ffn/relu_ffn.h"
 
 #include <cmath>
-#include <limits>
 #include <tuple>
 
 #include "common/half.h"
-#include "torch/fftconv_args.h"
+#include "torch/relu_ffn_args.h"
 
 namespace effk::binding {
 namespace {
 
 using neuron::Rows;
 
-Rows parse_rows(const char* op, const char* name, const std::string& text) {
-  for (int i = 0; i < 5; ++i)
-    if (text == neuron::kRowNames[i]) return Rows(i);
-  fail(op, ": ", name, ": expected 'fp32', 'bf16', 'fp16', 'int8' or 'int4', got '", text, "'");
-}
-Gate parse_gate(const char* op, const std::string& text) {
-  std::string known;
-  for (int i = 0; i < kGates; ++i) {
-    if (text == kGateNames[i]) return Gate(i);
-    known += std::string(i ? ", '" : "'") + kGateNames[i] + "'";
-  }
-  fail(op, ": gate: expected one of ", known, ", got '", text, "'");
-}
-
-// The group of scales [f, groups]: there is one size for every number of groups.
-int64_t group_of(const Arg& arg, const View& scales, int64_t d) {
-  if (scales.dim == 2) {
-    if (scales.sizes[1] == 1) return 0;
-    for (int64_t g : {32, 64, 128})
-      if (neuron::groups(d, g) == scales.sizes[1]) return g;
-  }
-  arg.fail("[f, groups] with one group a row or groups of 32, 64 or 128 of " + std::to_string(d) + " columns", scales.text());
-}
-
-struct Layer {
-  relu_ffn::NeuronRows rows;
-  int64_t group;
-};
-// Rows [f, row bytes] of length d with their scales and bias; f is taken from the tensor when it is below 0.
-Layer make_rows(const char* op, const char* name, const char* scales_name, const char* bias_name, const Tensor& w, const OptionalTensor& scales,
-                const OptionalTensor& bias, int64_t bias_length, Rows kind, int64_t& f, int64_t d) {
-  const View rows(w);
-  const Arg arg{op, name};
-  if (f < 0) {
-    if (rows.dim != 2 || rows.sizes[0] < 1 || rows.sizes[0] > std::numeric_limits<int32_t>::max())
-      arg.fail("uint8 [f, " + std::to_string(neuron::row_bytes(kind, d)) + "] from relu_ffn_pack", rows.text());
-    f = rows.sizes[0];
-  }
-  expect(arg, rows, {dtypes().u8}, {f, neuron::row_bytes(kind, d)});
-  Layer layer{{rows.data<uint8_t>(), nullptr, nullptr}, 0};
-  const Arg scales_arg{op, scales_name};
-  if (neuron::quantised(kind)) {
-    if (!scales) scales_arg.fail(std::string("scales for rows of ") + neuron::kRowNames[int(kind)], "none");
-    const View s(*scales);
-    layer.group = group_of(scales_arg, s, d);
-    expect(scales_arg, s, {dtypes().f32}, {f, neuron::groups(d, layer.group)});
-    layer.rows.scales = s.data<float>();
-  } else if (scales) {
-    scales_arg.fail(std::string("none for rows of ") + neuron::kRowNames[int(kind)], View(*scales).text());
-  }
-  if (bias) {
-    const View b(*bias);
-    expect(Arg{op, bias_name}, b, {dtypes().f32}, {bias_length < 0 ? f : bias_length});
-    layer.rows.bias = b.data<float>();
-  }
-  return layer;
-}
-
-// x [..., d] as tokens; d < 0: whatever it is.
-struct Tokens {
-  View x;
-  DType dtype;
-  int64_t count, d;
-};
-Tokens make_tokens(const char* op, const Tensor& x) {
-  const Arg arg{op, "x"};
-  Tokens t{View(x), DType::f32, 1, 0};
-  t.dtype = float_dtype_of(arg, t.x);
-  if (t.x.dim < 1 || t.x.sizes[t.x.dim - 1] < 1 || !t.x.contiguous || !(t.x.home == kCpu)) arg.fail("[..., d], contiguous, on cpu", t.x.text());
-  t.d = t.x.sizes[t.x.dim - 1];
-  for (int64_t i = 0; i + 1 < t.x.dim; ++i) t.count *= t.x.sizes[i];
-  return t;
-}
 std::pair<Tensor, Tensor> make_results(const Tokens& t, int64_t width) {
   std::vector<int64_t> shape(t.x.sizes, t.x.sizes + t.x.dim);
   shape.back() = width;
@@ -119,17 +45,10 @@ Tensor relu_ffn_unpack(const Tensor& rows, const OptionalTensor& scales, const s
   const Rows type = parse_rows(op, "kind", kind);
   EFFK_CHECK(d >= 1, op, ": d: expected at least 1, got ", d);
   int64_t f = -1;
-  const Layer layer = make_rows(op, "rows", "scales", "", rows, scales, std::nullopt, 0, type, f, d);
+  const NeuronLayer layer = make_rows(op, "rows", "scales", "", rows, scales, std::nullopt, 0, type, f, d, kCpu);
   Tensor w = empty({f, d}, dtypes().f32);
   relu_ffn::unpack(layer.rows.rows, layer.rows.scales, type, layer.group, f, d, static_cast<float*>(w.mutable_data_ptr()), torch_pool());
   return w;
-}
-
-const float* values(const Arg& arg, const OptionalTensor& t, int64_t f, bool& each) {
-  const View v(*t);
-  each = v.dim == 1 && v.sizes[0] == f && f != 1;
-  expect(arg, v, {dtypes().f32}, {each ? f : 1});
-  return v.data<float>();
 }
 
 std::tuple<Tensor, Tensor> relu_ffn_forward(const Tensor& x, const OptionalTensor& wg, const Tensor& wu, const Tensor& wd, const OptionalTensor& sg,
@@ -137,56 +56,9 @@ std::tuple<Tensor, Tensor> relu_ffn_forward(const Tensor& x, const OptionalTenso
                                             const OptionalTensor& bd, const std::string& rows, const std::string& gate, const OptionalTensor& param,
                                             const OptionalTensor& mask, int64_t mask_group, const std::string& mode) {
   constexpr const char* op = "relu_ffn";
-  const Tokens t = make_tokens(op, x);
-  relu_ffn::Args a{};
-  a.type = parse_rows(op, "rows", rows);
-  a.kind = parse_gate(op, gate);
-  EFFK_CHECK(mode == "auto" || mode == "sparse" || mode == "dense", op, ": mode: expected 'auto', 'sparse' or 'dense', got '", mode, "'");
-  int64_t f = -1;
-  const Layer up = make_rows(op, "wu", "su", "bu", wu, su, bu, -1, a.type, f, t.d);
-  const Layer down = make_rows(op, "wd", "sd", "bd", wd, sd, bd, t.d, a.type, f, t.d);
-  EFFK_CHECK(down.group == up.group, op, ": sd: expected groups of the same size as su, got another");
-  if (wg) {
-    const Layer g = make_rows(op, "wg", "sg", "bg", *wg, sg, bg, -1, a.type, f, t.d);
-    EFFK_CHECK(g.group == up.group, op, ": sg: expected groups of the same size as su, got another");
-    a.gate = g.rows;
-    a.up = up.rows;
-  } else {
-    EFFK_CHECK(!sg && !bg, op, ": wg: expected the gate that sg or bg belongs to, got none");
-    EFFK_CHECK(a.kind != Gate::drelu, op, ": gate: expected a layer with wg for 'drelu', got none");
-    a.gate = up.rows;
-  }
-  a.down = down.rows;
-  a.group = up.group;
-  const bool takes = a.kind == Gate::shifted_relu || a.kind == Gate::fatrelu || a.kind == Gate::silu_threshold || a.kind == Gate::gelu_gauss ||
-                     a.kind == Gate::top_k;
-  EFFK_CHECK(takes == bool(param), op, ": param: expected ", takes ? "one for gate '" : "none for gate '", gate, takes ? "', got none" : "', got one");
-  if (param) {
-    const Arg arg{op, "param"};
-    a.param = values(arg, param, f, a.param_each);
-    if (a.param_each && (a.kind == Gate::gelu_gauss || a.kind == Gate::top_k)) arg.fail("one value", View(*param).text());
-    for (int64_t i = 0; i < (a.param_each ? f : 1); ++i) {
-      const float p = a.param[i];
-      const bool sign_ok = a.kind == Gate::shifted_relu || a.kind == Gate::gelu_gauss || p >= 0;
-      if (!std::isfinite(p) || !sign_ok) arg.fail(sign_ok ? "finite values" : "finite values of at least 0", std::to_string(p));
-      if (a.kind == Gate::top_k && (p > float(f) || p != std::floor(p))) arg.fail("a whole number up to " + std::to_string(f), std::to_string(p));
-    }
-  }
-  if (mask) {
-    EFFK_CHECK(mask_group >= 1, op, ": mask_group: expected at least 1, got ", mask_group);
-    const View m(*mask);
-    const int64_t bits = (f + mask_group - 1) / mask_group, bytes = (bits + 7) / 8;
-    const Arg arg{op, "mask"};
-    if (m.dim != 2 || (m.sizes[0] != 1 && m.sizes[0] != t.count))
-      arg.fail("uint8 [1 or " + std::to_string(t.count) + ", " + std::to_string(bytes) + "]", m.text());
-    expect(arg, m, {dtypes().u8}, {m.sizes[0], bytes});
-    a.mask = m.data<uint8_t>(), a.mask_rows = m.sizes[0], a.mask_bytes = bytes, a.mask_group = mask_group;
-    for (int64_t r = 0; bits % 8 && r < a.mask_rows; ++r)
-      EFFK_CHECK(a.mask[r * bytes + bytes - 1] >> (bits % 8) == 0, op, ": mask: expected zeros beyond bit ", bits, " of a row, got ones in row ", r);
-  }
-  a.x = t.x.data(), a.dtype = t.dtype, a.tokens = t.count, a.d = t.d, a.f = f;
-  a.dense = mode == "dense";
-  auto [y, nnz] = make_results(t, t.d);
+  ReluFfnCall call = make_relu_ffn(op, x, wg, wu, wd, sg, su, sd, bg, bu, bd, rows, gate, param, mask, mask_group, mode, kCpu);
+  relu_ffn::Args& a = call.a;
+  auto [y, nnz] = make_results(call.t, a.d);
   a.y = y.mutable_data_ptr();
   a.nnz = static_cast<int32_t*>(nnz.mutable_data_ptr());
   const ParallelFor pool = torch_pool();
@@ -197,21 +69,9 @@ std::tuple<Tensor, Tensor> relu_ffn_forward(const Tensor& x, const OptionalTenso
 std::tuple<Tensor, Tensor> input_sparse_linear(const Tensor& x, const Tensor& w, const OptionalTensor& scales, const OptionalTensor& bias,
                                                const OptionalTensor& threshold, const std::string& rows, int64_t f_out) {
   constexpr const char* op = "input_sparse_linear";
-  const Tokens t = make_tokens(op, x);
-  EFFK_CHECK(f_out >= 1, op, ": f_out: expected at least 1, got ", f_out);
-  relu_ffn::InputSparseArgs a{};
-  a.type = parse_rows(op, "rows", rows);
-  int64_t d_in = t.d;
-  const Layer layer = make_rows(op, "w", "scales", "bias", w, scales, bias, f_out, a.type, d_in, f_out);
-  a.w = layer.rows, a.group = layer.group;
-  if (threshold) {
-    const Arg arg{op, "threshold"};
-    a.threshold = values(arg, threshold, t.d, a.threshold_each);
-    for (int64_t i = 0; i < (a.threshold_each ? t.d : 1); ++i)
-      if (!(a.threshold[i] >= 0)) arg.fail("values of at least 0", std::to_string(a.threshold[i]));
-  }
-  auto [y, nnz] = make_results(t, f_out);
-  a.x = t.x.data(), a.dtype = t.dtype, a.tokens = t.count, a.d_in = t.d, a.d_out = f_out;
+  InputSparseCall call = make_input_sparse(op, x, w, scales, bias, threshold, rows, f_out, kCpu);
+  relu_ffn::InputSparseArgs& a = call.a;
+  auto [y, nnz] = make_results(call.t, f_out);
   a.y = y.mutable_data_ptr();
   a.nnz = static_cast<int32_t*>(nnz.mutable_data_ptr());
   const ParallelFor pool = torch_pool();
