@@ -38,6 +38,7 @@ def test_slice_of_the_suite() -> None:
         f"tests/ops/test_{op}.py"
         for op in (
             "wq_linear",
+            "wq_grouped_linear",
             "fftconv",
             "depthwise_conv1d",
             "dense_linear",

@@ -80,7 +80,8 @@ def test_baseline_objects_use_baseline_instructions() -> None:
 # Functions of torch's C shim that the library calls. Every one exists since torch 2.11 or longer; a new name must be
 # looked up in torch/csrc/stable/c/shim_function_versions.txt of torch's sources before it is added.
 TORCH_SHIM = {
-    "aoti_torch_abi_version", "aoti_torch_aten_fill__Scalar", "aoti_torch_create_device_guard", "aoti_torch_delete_device_guard",
+    "aoti_torch_abi_version", "aoti_torch_aten_fill__Scalar", "aoti_torch_aten_narrow",
+    "aoti_torch_create_device_guard", "aoti_torch_delete_device_guard",
     "aoti_torch_delete_library_object", "aoti_torch_delete_tensor_object", "aoti_torch_device_type_cpu",
     "aoti_torch_device_type_cuda", "aoti_torch_device_type_meta", "aoti_torch_device_type_mps",
     "aoti_torch_device_type_privateuse1", "aoti_torch_device_type_xpu", "aoti_torch_empty_strided",

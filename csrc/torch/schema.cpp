@@ -24,6 +24,11 @@ const OpSchema kSchemas[] = {
      "(Tensor x, Tensor[] packed, Tensor[] scales, Tensor?[] zeros, Tensor?[] codebook, Tensor?[] out_ptr,"
      " Tensor?[] out_col, Tensor?[] out_val, Tensor?[] bias, int[] n, int k, int[] bits, int[] group_size, str compute)"
      " -> Tensor[]"},
+    {"wq_grouped_linear",
+     "(Tensor x, Tensor offsets, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, int n, int k, int bits, int group_size,"
+     " str compute) -> Tensor"},
+    {"wq_grouped_linear_backward",
+     "(Tensor grad, Tensor offsets, Tensor packed, Tensor scales, Tensor? zeros, int n, int k, int bits, int group_size) -> Tensor"},
     {"wq_linear_backward", "(Tensor grad, " WQ_WEIGHT ", int n, int k, int bits, int group_size) -> Tensor"},
     {"fftconv_prepare", "(Tensor k, int n_fft, str mode, str scheme) -> Tensor"},
     {"fftconv",

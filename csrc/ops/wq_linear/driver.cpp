@@ -30,6 +30,8 @@ const Kernel* find(Form form) {
   return nullptr;
 }
 
+}  // namespace
+
 // bf16 activations meet integer codes exactly in bf16 dot products; everything else in float form is fp32.
 const Kernel* choose(const WqLinearArgs& a, const WqWeight& w) {
   if (a.compute == Compute::int8) return find(Form::int8);
@@ -39,17 +41,6 @@ const Kernel* choose(const WqLinearArgs& a, const WqWeight& w) {
 bool is_gemv(const Kernel& k, const WqLinearArgs& a, const WqWeight& w) {
   return a.m <= k.gemv_rows && !(w.codebook && (k.form == Form::int8 || w.codebook_per_row));
 }
-
-constexpr size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
-
-// The distinct ways in which the weights of a call want x prepared; q, k, v usually share one.
-struct Layout {
-  static constexpr int kMax = 8;
-  Rows rows[kMax];
-  const Kernel* kernel[kMax];
-  size_t data[kMax], scale[kMax], sum[kMax], dense, total;
-  int count;
-};
 
 Rows describe(const WqLinearArgs& a, const WqWeight& w, const Kernel& k) {
   Rows r{};
@@ -63,6 +54,19 @@ Rows describe(const WqLinearArgs& a, const WqWeight& w, const Kernel& k) {
   r.blocks = int(t16::ceil_div(a.m, r.block_rows));
   return r;
 }
+
+namespace {
+
+constexpr size_t aligned(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// The distinct ways in which the weights of a call want x prepared; q, k, v usually share one.
+struct Layout {
+  static constexpr int kMax = 8;
+  Rows rows[kMax];
+  const Kernel* kernel[kMax];
+  size_t data[kMax], scale[kMax], sum[kMax], dense, total;
+  int count;
+};
 
 int key_of(const Layout& l, const Kernel* k, const Rows& r) {
   for (int i = 0; i < l.count; ++i)
@@ -125,8 +129,6 @@ void prepare_dense(const WqLinearArgs& a, float* out, const ParallelFor& pf) {
     }
   });
 }
-
-constexpr int64_t kGrainBytes = 64 << 10;  // of packed weights: about 2 us of streaming, above the cost of waking a thread
 
 }  // namespace
 }  // namespace wq

@@ -18,6 +18,7 @@ constexpr int kTransposeRows = 8;      // from this many rows of x, outliers run
 constexpr int kMaxBlockRows = 8;       // rows of x that meet a pair of tiles in registers
 constexpr int kMaxBlocks = 16;         // row blocks per call: their results and operands stay in a first-level cache
 constexpr int kMaxGemvTiles = 32;      // tiles that one call of gemv may be given
+constexpr int64_t kGrainBytes = 64 << 10;  // of packed weights: about 2 us of streaming, above the cost of waking a thread
 
 // x prepared for one form and one span length, in the order in which gemm consumes it: batches of kMaxBlocks blocks of
 // `block_rows` rows (the last batch and the last block may be shorter), and inside a batch
@@ -72,6 +73,11 @@ struct Kernel {
   void (*gemv)(const Tile&);   // results stay in registers over all of K; no codebooks in the int8 form, none per row
   void (*gemm)(const Tile&);   // any number of rows, span by span over a batch of row blocks
 };
+
+// What the driver decides for one weight of a call; wq_grouped_linear asks the same for each expert.
+const Kernel* choose(const WqLinearArgs&, const WqWeight&);
+bool is_gemv(const Kernel&, const WqLinearArgs&, const WqWeight&);
+Rows describe(const WqLinearArgs&, const WqWeight&, const Kernel&);  // without memory
 
 EFFK_EXPORT extern const Kernel* const kKernels[];  // highest tier first
 EFFK_EXPORT extern const int kKernelCount;

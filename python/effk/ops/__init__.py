@@ -3,8 +3,20 @@
 The operations themselves are ``torch.ops.effk.<op>``; importing :mod:`effk` has registered them.
 """
 
-from . import dense_linear, depthwise_conv1d, dyad_linear, fftconv, monarch, quik_linear, relu_ffn, sp24, wq_linear
+from . import (
+    dense_linear,
+    depthwise_conv1d,
+    dyad_linear,
+    fftconv,
+    monarch,
+    quik_linear,
+    relu_ffn,
+    sp24,
+    wq_grouped_linear,
+    wq_linear,
+)
 
 __all__ = [
-    "dense_linear", "depthwise_conv1d", "dyad_linear", "fftconv", "monarch", "quik_linear", "relu_ffn", "sp24", "wq_linear",
+    "dense_linear", "depthwise_conv1d", "dyad_linear", "fftconv", "monarch", "quik_linear", "relu_ffn", "sp24",
+    "wq_grouped_linear", "wq_linear",
 ]  # fmt: skip
