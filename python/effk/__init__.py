@@ -4,8 +4,8 @@ Importing the package loads the op library, so that ``torch.ops.effk.<op>`` exis
 environment variable ``EFFK_ISA`` names a tier that this CPU does not have.
 
 ``effk.ops`` documents the operations, ``effk.nn`` has modules, ``effk.compress`` compresses models, ``effk.save`` and
-``effk.load`` keep a compressed model, ``effk.isa`` chooses instruction sets. transformers' ``from_pretrained`` loads saved
-models too once this package is imported.
+``effk.load`` keep a compressed model, ``effk.runtime`` decodes with it, ``effk.isa`` chooses instruction sets.
+transformers' ``from_pretrained`` loads saved models too once this package is imported.
 """
 
 import importlib
@@ -24,13 +24,13 @@ from .hub.late_registration import register_with_transformers  # noqa: E402
 register_with_transformers()
 
 if TYPE_CHECKING:
-    from . import compress, formats, nn
+    from . import compress, formats, nn, runtime
 
 __version__ = version("effk")
-__all__ = ["compress", "formats", "hub", "isa", "load", "nn", "ops", "save"]
+__all__ = ["compress", "formats", "hub", "isa", "load", "nn", "ops", "runtime", "save"]
 
 # Imported when first used: transformers alone takes longer than everything above.
-_LAZY_MODULES = ("compress", "formats", "nn")
+_LAZY_MODULES = ("compress", "formats", "nn", "runtime")
 
 
 def __getattr__(name: str) -> Any:

@@ -74,6 +74,8 @@ def load(
 ) -> PreTrainedModel:
     """Load a model that :func:`save` wrote, in evaluation mode and running on the kernels.
 
+    Its ``generate`` takes transformers' arguments and runs on :mod:`effk.runtime`.
+
     Args:
         directory: a local directory.
         dtype: of everything that is not compressed (activations follow it); None keeps the saved one.
@@ -99,7 +101,9 @@ def load(
             f"load: {directory / CONFIG}: architectures: expected a model class of transformers, got {names!r}"
         )
     model = architecture.from_pretrained(directory, dtype=dtype or "auto", local_files_only=True)
-    return model.to(device).eval()
+    from ..runtime.attached import attach
+
+    return attach(model.to(device).eval())
 
 
 def read_config(directory: Path) -> dict[str, Any]:
