@@ -6,11 +6,13 @@
 #include <tuple>
 #include <vector>
 
+#include "formats/kv.h"
 #include "formats/panel.h"
 #include "formats/t16.h"
 #include "gemm/int8/int8.h"
 #include "gemm/kernels.h"
 #include "isa/isa.h"
+#include "ops/attention/kernels.h"
 #include "ops/depthwise_conv1d/kernels.h"
 #include "ops/fftconv/kernels.h"
 #include "ops/fftconv/plan.h"
@@ -74,6 +76,8 @@ py::list kernel_table() {
     rows.append(kernel_row("quik_linear", quik::kKernels[i]->name, quik::kKernels[i]->tier, "fp32", false));
   for (int i = 0; i < relu_ffn::kKernelCount; ++i)
     rows.append(kernel_row("relu_ffn", relu_ffn::kKernels[i]->name, relu_ffn::kKernels[i]->tier, "fp32", false));
+  for (int i = 0; i < attention::kKernelCount; ++i)
+    rows.append(kernel_row("attention", attention::kKernels[i]->name, attention::kKernels[i]->tier, "fp32", false));
   for (const char* op : {"dense_linear", "dyad_linear"})  // both run on csrc/gemm
     for (int i = 0; i < gemm::kKernelCount; ++i) {
       const gemm::Kernel& kernel = *gemm::kKernels[i];
@@ -142,6 +146,7 @@ py::dict build_info() {
   info["cuda"] = EFFK_CUDA_INFO;
   info["t16_version"] = t16::kVersion;
   info["panel_version"] = panel::kVersion;
+  info["kv_version"] = kv::kVersion;
   return info;
 }
 
@@ -162,6 +167,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("fftconv_plan", &fft_plan, py::arg("n_fft"), py::arg("k"), py::arg("mode"), py::arg("scheme"), "one line");
   m.def("dense_packed_bytes", &dense_packed_bytes, py::arg("f_out"), py::arg("f_in"), py::arg("dtype"));
   m.def("dyad_packed_bytes", &dyad_packed_bytes, py::arg("n"), py::arg("d_out"), py::arg("d_in"), py::arg("variant"), py::arg("dtype"));
+  m.attr("kv_tile") = kv::kTile;
+  m.attr("kv_max_head_dim") = kv::kMaxHeadDim;
   m.def("tile_map", &tile_map, py::arg("n"), py::arg("k"), py::arg("bits"));
   m.def("build_info", &build_info);
 }

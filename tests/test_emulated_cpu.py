@@ -46,6 +46,7 @@ def test_slice_of_the_suite() -> None:
             "quik_linear",
             "sp24",
             "relu_ffn",
+            "attention",
         )
     ]
     done = emulated("-m", "pytest", "-m", "emulated", "-p", "no:cacheprovider", *files)

@@ -68,6 +68,12 @@ EFFK_INLINE int32_t reduce_max_i(vi v) {
   n = _mm_max_epi32(n, _mm_shuffle_epi32(n, 0x4E));
   return _mm_cvtsi128_si32(_mm_max_epi32(n, _mm_shuffle_epi32(n, 0xB1)));
 }
+EFFK_INLINE float reduce_max_f(vf v) {
+  const __m256 a = _mm256_max_ps(v.a, v.b);
+  __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  b = _mm_max_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_max_ss(b, _mm_movehdup_ps(b)));
+}
 EFFK_INLINE float reduce_add_f(vf v) {
   const __m256 a = _mm256_add_ps(v.a, v.b);
   __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

@@ -59,6 +59,7 @@ EFFK_INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 EFFK_INLINE vf fnma(vf a, vf b, vf c) { return _mm512_fnmadd_ps(a, b, c); }
 EFFK_INLINE vf mac(vf a, vf b, vf c) { return fma(a, b, c); }  // a b + c, rounded as is fastest: once, or twice on the portable tier
 EFFK_INLINE int32_t reduce_max_i(vi v) { return _mm512_reduce_max_epi32(v); }
+EFFK_INLINE float reduce_max_f(vf v) { return _mm512_reduce_max_ps(v); }
 // Folded by halves: lane i + 8 to lane i, then 4, 2, 1.
 EFFK_INLINE float reduce_add_f(vf v) {
   const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

@@ -61,6 +61,7 @@ EFFK_INLINE vf fma(vf a, vf b, vf c) { return make_f([&](int l) { return std::fm
 EFFK_INLINE vf fnma(vf a, vf b, vf c) { return make_f([&](int l) { return std::fmaf(-a.v[l], b.v[l], c.v[l]); }); }
 EFFK_INLINE vf mac(vf a, vf b, vf c) { return make_f([&](int l) { return a.v[l] * b.v[l] + c.v[l]; }); }
 EFFK_INLINE int32_t reduce_max_i(vi a) { int32_t m = a.v[0]; for (int l = 1; l < 16; ++l) m = a.v[l] > m ? a.v[l] : m; return m; }
+EFFK_INLINE float reduce_max_f(vf a) { float m = a.v[0]; for (int l = 1; l < 16; ++l) m = a.v[l] > m ? a.v[l] : m; return m; }
 EFFK_INLINE float reduce_add_f(vf a) {
   for (int half = 8; half; half /= 2) for (int l = 0; l < half; ++l) a.v[l] += a.v[l + half];
   return a.v[0];

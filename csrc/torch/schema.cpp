@@ -83,6 +83,9 @@ const OpSchema kSchemas[] = {
      " str rows, str gate, Tensor? param, Tensor? mask, int mask_group, str mode) -> (Tensor y, Tensor nnz)"},
     {"input_sparse_linear",
      "(Tensor x, Tensor w, Tensor? scales, Tensor? bias, Tensor? threshold, str rows, int f_out) -> (Tensor y, Tensor nnz)"},
+    {"attention",
+     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale,"
+     " Tensor runs, Tensor? cosine, Tensor? sine, float scale, int window) -> Tensor"},
 };
 const int kSchemaCount = sizeof(kSchemas) / sizeof(kSchemas[0]);
 

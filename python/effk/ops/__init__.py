@@ -4,6 +4,7 @@ The operations themselves are ``torch.ops.effk.<op>``; importing :mod:`effk` has
 """
 
 from . import (
+    attention,
     dense_linear,
     depthwise_conv1d,
     dyad_linear,
@@ -17,6 +18,6 @@ from . import (
 )
 
 __all__ = [
-    "dense_linear", "depthwise_conv1d", "dyad_linear", "fftconv", "monarch", "quik_linear", "relu_ffn", "sp24",
+    "attention", "dense_linear", "depthwise_conv1d", "dyad_linear", "fftconv", "monarch", "quik_linear", "relu_ffn", "sp24",
     "wq_grouped_linear", "wq_linear",
 ]  # fmt: skip

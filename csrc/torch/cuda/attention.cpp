@@ -1,0 +1,14 @@
+// attention has no CUDA kernel yet: a message that says so, and not torch's list of backends.
+#include <torch/csrc/stable/library.h>
+
+#include "torch/check.h"
+
+#ifndef EFFK_CUEMU
+namespace {
+void no_kernel(StableIValue*, uint64_t, uint64_t) {
+  effk::binding::fail("attention: q: expected tensors on cpu (there is no CUDA kernel yet), got some on cuda");
+}
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) { m.impl("attention", &no_kernel); }
+#endif
