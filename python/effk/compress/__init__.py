@@ -7,7 +7,9 @@ object's class is one that is.)
 Steps of a call, each in its own module: find the layers (``layers``), let the method prepare the model and make a
 plan (``registry``, ``passes``, ``plan``), apply it block by block on calibration data (``apply``, ``calibrate``),
 compress the embedding (``embedding``), let layers over one input share their kernel call (``fuse``), and report
-(``report``). Recipes for long filters and for feed-forward networks go other ways (``filters``, ``convert``).
+(``report``). Recipes for long filters, for feed-forward networks and for sparse activations go other ways (``filters``,
+``convert``,
+``sparse``).
 """
 
 from __future__ import annotations
@@ -34,11 +36,14 @@ from .plan import LayerPlan, Plan
 from .recipe import Recipe, matches
 from .registry import Context, Handler, Progress, handler_for, recipe_from_json, recipe_types, register
 from .report import LayerReport, Report
+from .sparse import SparseHandler, SparseRecipe, SparsityReport
+from .sparse_convert import compress_sparse, make_sparse_plan
 
 __all__ = [
     "Context", "FilterHandler", "FilterPlan", "FilterRecipe", "FilterReport", "Handler", "Layer", "LayerPlan",
     "LayerReport", "NetworkHandler", "NetworkPlan", "NetworkRecipe", "NetworkReport", "Plan", "Progress", "Recipe",
-    "Report", "compress", "make_plan", "plan_from_json", "recipe_from_json", "recipe_types", "register",
+    "Report", "SparseHandler", "SparseRecipe", "SparsityReport", "compress", "make_plan", "plan_from_json",
+    "recipe_from_json", "recipe_types", "register",
 ]  # fmt: skip
 
 AnyPlan = Plan | FilterPlan | NetworkPlan
@@ -50,7 +55,7 @@ def compress(
     calib: Sequence[Tensor] | None = None,
     plan: AnyPlan | None = None,
     progress: Progress | None = None,
-) -> Report | FilterReport | NetworkReport:
+) -> Report | FilterReport | NetworkReport | SparsityReport:
     """Compress ``model`` in place.
 
     Args:
@@ -76,10 +81,11 @@ def compress(
         _check_plan(recipe, plan)
         model.eval()
         return compress_filters(model, recipe, handler, calib or (), plan, progress or silent)
-    if isinstance(handler, NetworkHandler):
+    if isinstance(handler, (NetworkHandler, SparseHandler)):
         _check_plan(recipe, plan)
         model.eval()
-        report = compress_networks(model, recipe, handler, calib or (), plan, progress or silent)
+        run = compress_sparse if isinstance(handler, SparseHandler) else compress_networks
+        report = run(model, recipe, handler, calib or (), plan, progress or silent)
         _mark(model, recipe)
         return report
     context, handler, kept = _open(model, recipe, calib, progress)
@@ -131,6 +137,8 @@ def make_plan(
         return make_filter_plan(model, recipe, handler, calib or (), progress or silent)
     if isinstance(handler, NetworkHandler):
         return make_network_plan(model, recipe, handler)
+    if isinstance(handler, SparseHandler):
+        return make_sparse_plan(model, recipe, handler)
     context, handler, kept = _open(model, recipe, calib, progress)
     handler.prepare(context, None)
     plan = handler.plan(context).bind(context.layers)

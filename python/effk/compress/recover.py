@@ -57,12 +57,13 @@ def recover_model(
     rate: float,
     seed: int,
     progress: Any,
+    extra: Callable[[], Tensor] | None = None,
 ) -> None:
     """Train ``parameters`` of ``model`` towards ``teacher``, one batch a step, batches in random order.
 
     A decoder by the divergence ``KL(teacher || model)`` of its next-token distributions (Hinton et al., 2015,
     arXiv:1503.02531, at temperature 1), other models by the squared error of the last hidden states over their
-    variance.
+    variance. ``extra`` is called after each forward pass of ``model``; what it returns is added to the loss.
     """
     decoder = is_decoder(model)
     generator = torch.Generator().manual_seed(seed)
@@ -85,11 +86,15 @@ def recover_model(
         variance = target.flatten(0, 1).var(0, correction=0).mean()
         return (_states(model, batch).float() - target).square().mean() / variance
 
+    def total() -> Tensor:
+        own = loss()
+        return own if extra is None else own + extra()
+
     others = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in parameters)]
     for parameter in others:
         parameter.requires_grad_(False)
     try:
-        _train(parameters, loss, steps, rate)
+        _train(parameters, total, steps, rate)
     finally:
         for parameter in others:
             parameter.requires_grad_(True)

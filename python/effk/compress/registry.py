@@ -24,6 +24,7 @@ from .layers import Layer
 from .networks import NetworkHandler
 from .plan import LayerPlan, Plan
 from .recipe import Recipe
+from .sparse import SparseHandler
 
 
 class Progress(Protocol):
@@ -94,12 +95,12 @@ class Handler(ABC):
         """Turn on, once all layers are compressed, what calibration was not to see, such as rounded activations."""
 
 
-AnyHandler = Handler | FilterHandler | NetworkHandler
+AnyHandler = Handler | FilterHandler | NetworkHandler | SparseHandler
 _HANDLERS: dict[type[Recipe], AnyHandler] = {}
 
 
 def register(recipe_type: type[Recipe]) -> Callable[[type[AnyHandler]], type[AnyHandler]]:
-    """Class decorator: the handler of recipes of ``recipe_type``: layers, long filters or feed-forward networks."""
+    """Class decorator: the handler of recipes of ``recipe_type``: layers, filters, networks or sparse activations."""
 
     def decorate(handler_type: type[AnyHandler]) -> type[AnyHandler]:
         if recipe_type in _HANDLERS or any(recipe_type.name == other.name for other in _HANDLERS):

@@ -131,7 +131,7 @@ class Trainer:
         share = min(1.0, max(0.0, (number - warm) / max(1, self.settings.steps - warm)))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate * min((number + 1) / warm, 0.55 + 0.45 * math.cos(math.pi * share))
-        loss = next_byte_loss(self.run(batch, use_cache=False).logits, batch)
+        loss = self.loss(batch)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -140,6 +140,10 @@ class Trainer:
         if self.processes > 1:
             distributed.all_reduce(mean)
         return float(mean) / self.processes
+
+    def loss(self, batch: Tensor) -> Tensor:
+        """What is minimised."""
+        return next_byte_loss(self.run(batch, use_cache=False).logits, batch)
 
 
 def next_byte_loss(logits: Tensor, ids: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from ..nn import DyadLinear, DyadLowRank, DyadWqLinear, QuikLinear, WqLinear
 from .checkpoint import check_file, find_weights, read_header
 from .record import PROVENANCE, QUANT_METHOD, VERSION, check_record, describe
 from .stored import StoredQuikWeight, StoredWeight
+from .stored_sparse import StoredSparse, finish_sparse, place_sparse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,6 +76,7 @@ class EffkQuantizer(HfQuantizer):
         for name, fields in record.get("dyad", {}).items():
             _check_target(model, name, {"n": fields["out_features"], "k": fields["in_features"]}, transposed_ok=True)
             replace_module(model, name, _empty_dyad(fields, model.get_submodule(name).weight))
+        place_sparse(model, record, _check_target)
         if (entry := record["embedding"]) is not None:
             _check_target(model, entry["name"], entry, transposed_ok=False)
             replace_module(model, entry["name"], StoredWeight(entry, None))
@@ -107,6 +109,7 @@ class EffkQuantizer(HfQuantizer):
             if fields["weight"] is not None:
                 inner = f"{name}.dyad" if fields["rank"] else name
                 replace_module(model, inner, _quantised_dyad(inner, model.get_submodule(inner), fields))
+        finish_sparse(model, record)
         if (entry := record["embedding"]) is not None:
             weight = _weight(entry["name"], model.get_submodule(entry["name"]))
             install_embedding(model, EmbeddingPair(entry["name"], entry["head"]), weight, entry["compute"], dtype)
@@ -140,7 +143,7 @@ class EffkQuantizer(HfQuantizer):
 def adopt(model: PreTrainedModel) -> None:
     """Make a model that was compressed in memory known as ours, so that its ``save_pretrained`` writes what loads."""
     empty = {"version": VERSION, "fuse": False, "recipe": None, "layers": {}, "embedding": None}
-    empty |= {"dyad": {}, "quik": {}, "weights": None}
+    empty |= {"dyad": {}, "quik": {}, "relu_ffn": {}, "input_sparse": {}, "relu_norms": [], "weights": None}
     model.hf_quantizer = EffkQuantizer(EffkConfig(**empty))  # the record is made when the model is saved
     model.quantization_method = QUANT_METHOD
 
@@ -207,7 +210,7 @@ def _check_files(model: nn.Module, record: dict[str, Any], files: Sequence[str],
     exact = {
         f"{prefix}.{key}"
         for prefix, module in model.named_modules()
-        if isinstance(module, StoredWeight)
+        if isinstance(module, (StoredWeight, StoredSparse))
         for key in module.geometry_tensors
     }
     for name, tensor in expected.items():

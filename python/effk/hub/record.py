@@ -10,12 +10,17 @@
                        "weight": null or the fields of a layer but "bias"}},
      "quik": {module: {"n", "k", "bits", "outliers", "out_dtype", "rotated", "pattern", "bits_a", "quantizer",
                        "bias"}},
+     "relu_ffn": {module: {"d", "f", "gated", "gate", "rows", "group", "biases", "param", "silent", "selector"}},
+     "input_sparse": {module: {"n", "k", "rows", "group", "bias", "threshold"}},
+     "relu_norms": [module],
      "weights": {"file", "bytes", "sha256"} or null}
 
 The tensors of a module are stored beside its other ones as ``<module>.qweight``, ``<module>.scales`` and so on, in the
 canonical form (:mod:`effk.formats.wq`); those of a DYAD layer are its parameters, or, for quantised blocks, the
 canonical form of the one matrix that holds both components (:func:`effk.ops.dyad_linear.stacked`); those of a
-QUIK layer the canonical form of :mod:`effk.formats.quik`. "dyad" and "quik" may be missing.
+QUIK layer the canonical form of :mod:`effk.formats.quik`; those of a sparse network :mod:`.sparse_record`. All but
+"layers"
+may be missing.
 ``recipe`` tells how the model was made; loading does not need it.
 """
 
@@ -30,6 +35,7 @@ from ..formats import quik as quik_format
 from ..formats.wq import state_shapes
 from ..nn import DyadLinear, DyadLowRank, DyadWqLinear, QuikLinear, WqEmbedding, WqLinear, WqTiedHead
 from ..nn.quik_linear import ACTIVATION_BITS, QUANTIZERS
+from .sparse_record import check_sparse, describe_sparse
 
 QUANT_METHOD = "effk"
 VERSION = 1
@@ -84,7 +90,10 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
             fused = fused or module._shared is not None
             if module.bias is not None:
                 tensors[f"{name}.bias"] = module.bias
-    if not layers and embedding is None and not dyad and not quik:
+    sparse, sparse_tensors, hidden = describe_sparse(model)
+    tensors |= sparse_tensors
+    skip |= hidden
+    if not layers and embedding is None and not dyad and not quik and not any(sparse.values()):
         raise ValueError("save: model: expected a model with compressed layers, got none")
     for name, tensor in (*model.named_parameters(), *_persistent_buffers(model)):
         if name not in skip:
@@ -98,6 +107,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "embedding": embedding,
         "dyad": dyad,
         "quik": quik,
+        **sparse,
         "weights": None,
     }
     return record, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -132,6 +142,7 @@ def check_record(record: Mapping[str, Any]) -> None:
     _expect("quik", type(quik).__name__, isinstance(quik, dict), "an object")
     for name, fields in quik.items():
         _check_quik(name, fields)
+    check_sparse(record, _expect)
     weights = record.get("weights")
     if weights is not None:
         legal = isinstance(weights, dict) and {k: type(v) for k, v in weights.items()} == {

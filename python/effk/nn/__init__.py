@@ -9,26 +9,39 @@ from .dyad_lowrank import DyadLowRank
 from .fftconv import FFTConv, FlashFFTConv
 from .fftconv_decoder import FFTConvDecoder
 from .hyena import HyenaOperator
+from .input_sparse_linear import InputSparseLinear
 from .long_filter import BandLimitedFilter, ExplicitFilter, LongFilter
+from .neuron_selector import ActiveSetReuse, ExpertRouter, LowRankPredictor, SignPredictor
 from .quik_linear import QuikLinear, QuikMultiLinear
+from .relu_ffn import SparseFFN
+from .relu_norm import ReluNorm
+from .sparse_gate import SparseGate
 from .wq_embedding import WqEmbedding, WqTiedHead
 from .wq_linear import WqLinear, WqMultiLinear
 
 __all__ = [
+    "ActiveSetReuse",
     "BandLimitedFilter",
     "DepthwiseConv1d",
     "DyadLinear",
     "DyadLowRank",
     "DyadMLP",
     "DyadWqLinear",
+    "ExpertRouter",
     "ExplicitFilter",
     "FFTConv",
     "FFTConvDecoder",
     "FlashFFTConv",
     "HyenaOperator",
+    "InputSparseLinear",
     "LongFilter",
+    "LowRankPredictor",
     "QuikLinear",
     "QuikMultiLinear",
+    "ReluNorm",
+    "SignPredictor",
+    "SparseFFN",
+    "SparseGate",
     "WqEmbedding",
     "WqLinear",
     "WqMultiLinear",
