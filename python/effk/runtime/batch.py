@@ -107,8 +107,8 @@ class Batch:
         self.running: list[Sequence] = []
         self._free = list(range(rows))[::-1]
 
-    def add(self, sequence: Sequence) -> Sequence:
-        """Queue a sequence.
+    def check(self, sequence: Sequence) -> None:
+        """Refuse what cannot run.
 
         Raises:
             ValueError: an empty prompt, an id out of the vocabulary, or no room for prompt and new tokens.
@@ -117,11 +117,16 @@ class Batch:
         if not prompt:
             raise ValueError("prompt: expected at least one token, got none")
         if min(prompt) < 0 or max(prompt) >= self.decoder.vocab_size:
-            raise ValueError(f"prompt: expected ids from 0 to {self.decoder.vocab_size - 1}, got {max(prompt)}")
+            wrong = next(token for token in prompt if not 0 <= token < self.decoder.vocab_size)
+            raise ValueError(f"prompt: expected ids from 0 to {self.decoder.vocab_size - 1}, got {wrong}")
         if len(prompt) + new > self.capacity:
             raise ValueError(
                 f"prompt: expected at most {self.capacity} tokens together with max_new_tokens, got {len(prompt)} + {new}"
             )
+
+    def add(self, sequence: Sequence) -> Sequence:
+        """Queue a sequence and return it; errors of :meth:`check`."""
+        self.check(sequence)
         sequence.times["added"] = time.perf_counter()
         self.waiting.append(sequence)
         return sequence
