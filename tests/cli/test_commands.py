@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 import typer
+from transformers import MambaConfig, MambaForCausalLM
 
 import effk as package
+from cli.tiny import byte_tokenizer
 from effk import isa
 from effk.cli import bench
 from effk.compress import NetworkPlan, Plan
@@ -135,6 +140,51 @@ def test_generate_is_greedy_and_repeatable(compressed: Path, effk: Callable) -> 
     assert piped.json["text"] == runs[0]["text"]
     sampled = effk("generate", compressed, "--prompt", "hello", "--temperature", 50, "--seed", 1, "--json").json
     assert sampled["text"] != runs[0]["text"]
+
+
+def test_generate_prints_text_as_it_comes_and_guesses_change_nothing(compressed: Path, effk: Callable) -> None:
+    options = ("generate", compressed, "--prompt", "abcabcabc", "--max-new-tokens", 30, "--dtype", "fp32")
+    plain = effk(*options, "--json").json
+    assert plain["finish"] in ("stop", "length") and plain["decoded_tokens_per_second"] > 0
+    shown = effk(*options, "--threads", 1)
+    assert shown.stdout == plain["text"] + "\n" and "a second" in shown.stderr
+    for kind in ("ngram", "exit:1"):
+        guessed = effk(*options, "--json", "--speculate", kind).json
+        assert guessed["text"] == plain["text"]
+        assert guessed["drafted"] >= guessed["accepted"] >= 0
+    stop = plain["text"][2:4]
+    cut = effk(*options, "--json", "--stop", stop).json
+    assert cut["text"] == plain["text"][: plain["text"].index(stop)] and cut["finish"] == "stop"
+    sampled = [effk(*options, "--json", "--temperature", 2, "--top-k", 20, "--seed", seed).json for seed in (1, 1, 2)]
+    assert sampled[0]["text"] == sampled[1]["text"] != sampled[2]["text"]
+
+
+def test_generate_leaves_models_without_keys_and_values_to_transformers(effk: Callable, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, state_size=4, eos_token_id=0)
+    MambaForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ran = effk("generate", tmp_path, "--prompt", "hello", "--max-new-tokens", 4, "--json")
+    assert ran.json["new_tokens"] >= 1 and "transformers generates" in ran.stderr
+
+
+def test_serve_answers_and_stops_when_told(compressed: Path) -> None:
+    command = [sys.executable, "-m", "effk", "serve", str(compressed), "--port", "0", "--rows", "2", "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = next(line.split()[-1] for line in process.stderr if line.startswith("serving"))
+            body = {"prompt": "abc", "max_tokens": 3, "model": compressed.name}
+            for _ in range(300):  # the socket is bound before the server accepts
+                try:
+                    answer = httpx2.post(f"{url}/completions", json=body, timeout=60)
+                    break
+                except httpx2.ConnectError:
+                    time.sleep(0.1)
+            assert answer.status_code == 200 and answer.json()["usage"]["prompt_tokens"] == 3
+            process.send_signal(signal.SIGTERM)
+            assert process.stderr.read().strip() == "stopped" and process.wait(60) == 0
+        finally:
+            process.kill()
 
 
 def test_the_small_benchmark_measures_every_width_and_form(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .generate import generate
 from .info import info
+from .serve import serve
 
 BAD_INPUT, INTERNAL, INTERRUPTED = 2, 1, 130  # exit codes
 # What the library raises for input it refuses; everything else is a mistake of the program.
@@ -78,6 +79,7 @@ def options(
 app.command()(compress)
 app.command("eval")(evaluate)
 app.command()(generate)
+app.command()(serve)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 app.command()(info)
 app.command()(demo)

@@ -1,4 +1,4 @@
-"""Generating text and timing it, in one way for every model: transformers' greedy ``generate``, batch 1, with cache."""
+"""Generating text and timing it, in one way for every model: its own greedy ``generate``, batch 1, with cache."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 DEFINITION = (
-    "decoded tokens per second: batch 1, greedy, transformers generate() with its cache; "
+    "decoded tokens per second: batch 1, greedy, generate() with its cache, transformers' for the original and "
+    "effk's runtime for loaded models; "
     "time of {new} new tokens less the time of one, median of {rounds} rounds in which the models take turns"
 )
 

@@ -8,27 +8,45 @@ routes and limits.
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
 from .settings import Settings
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from starlette.applications import Starlette
+
+    from ..runtime import Generator
 
 __all__ = ["Settings", "create_app", "run"]
 
 
-def create_app(generator, settings: Settings | None = None):
-    """The ASGI application for a :class:`effk.runtime.Generator`, to run under any ASGI server, in one process."""
+def create_app(generator: Generator, settings: Settings | None = None) -> Starlette:
+    """The ASGI application, to run under any ASGI server, in one process."""
     from .app import Server
 
     return Server(generator, settings or Settings()).app()
 
 
-def run(generator, settings: Settings, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Serve until SIGINT or SIGTERM; then running requests are finished, for at most ``settings.drain`` seconds."""
+def run(generator: Generator, settings: Settings, listener: socket) -> None:
+    """Serve on a bound socket until SIGINT or SIGTERM.
+
+    Then nothing new is accepted, running requests are finished, for at most ``settings.drain`` seconds, and it returns.
+    """
     import uvicorn
 
-    uvicorn.run(
+    config = uvicorn.Config(
         create_app(generator, settings),
-        host=host,
-        port=port,
         access_log=False,
         log_level="warning",
         timeout_graceful_shutdown=max(1, round(settings.drain)),
     )
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with suppress(KeyboardInterrupt):  # uvicorn raises the signal again after a clean stop
+            uvicorn.Server(config).run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)

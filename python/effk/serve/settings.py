@@ -36,5 +36,7 @@ class Settings:
         for name in ("queue", "drain"):
             if getattr(self, name) < 0:
                 raise ValueError(f"serve: {name}: expected 0 or a positive number, got {getattr(self, name)}")
+        if self.context is not None and self.context < 2:
+            raise ValueError(f"serve: context: expected at least 2, got {self.context}")
         if self.api_key == "":
             raise ValueError("serve: api_key: expected some text or none, got an empty one")
