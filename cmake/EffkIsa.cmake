@@ -13,8 +13,8 @@ endif()
 
 set(EFFK_FLAGS_avx2 -mavx2 -mfma -mf16c -mbmi2 -mno-avx512f)
 set(avx512 -mavx2 -mfma -mf16c -mbmi2 -mavx512f -mavx512bw -mavx512dq -mavx512vl)
-set(EFFK_FLAGS_avx512 ${avx512} -mno-avx512vnni -mno-avx512vbmi -mno-gfni)
-set(avx512vnni ${avx512} -mavx512vnni -mavx512vbmi -mgfni)
+set(EFFK_FLAGS_avx512 ${avx512} -mno-avx512vnni -mno-avx512vbmi -mno-avx512vbmi2 -mno-gfni)
+set(avx512vnni ${avx512} -mavx512vnni -mavx512vbmi -mavx512vbmi2 -mgfni)
 set(EFFK_FLAGS_avx512vnni ${avx512vnni} -mno-avx512bf16)
 # Not a tier but a feature on top of avx512vnni (csrc/isa/isa.h), in files of its own for the same reason.
 set(EFFK_FLAGS_avx512bf16 ${avx512vnni} -mavx512bf16)

@@ -13,6 +13,7 @@
 #include "gemm/kernels.h"
 #include "isa/isa.h"
 #include "ops/attention/kernels.h"
+#include "ops/bitmask_linear/kernels.h"
 #include "ops/depthwise_conv1d/kernels.h"
 #include "ops/fftconv/kernels.h"
 #include "ops/fftconv/plan.h"
@@ -78,6 +79,8 @@ py::list kernel_table() {
     rows.append(kernel_row("relu_ffn", relu_ffn::kKernels[i]->name, relu_ffn::kKernels[i]->tier, "fp32", false));
   for (int i = 0; i < attention::kKernelCount; ++i)
     rows.append(kernel_row("attention", attention::kKernels[i]->name, attention::kKernels[i]->tier, "fp32", false));
+  for (int i = 0; i < bitmask::kKernelCount; ++i)
+    rows.append(kernel_row("bitmask_linear", bitmask::kKernels[i]->name, bitmask::kKernels[i]->tier, "int8", false));
   for (const char* op : {"dense_linear", "dyad_linear"})  // both run on csrc/gemm
     for (int i = 0; i < gemm::kKernelCount; ++i) {
       const gemm::Kernel& kernel = *gemm::kKernels[i];

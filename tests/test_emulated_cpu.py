@@ -47,6 +47,7 @@ def test_slice_of_the_suite() -> None:
             "sp24",
             "relu_ffn",
             "attention",
+            "bitmask_linear",
         )
     ]
     done = emulated("-m", "pytest", "-m", "emulated", "-p", "no:cacheprovider", *files)

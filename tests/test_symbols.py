@@ -47,16 +47,16 @@ def test_symbols_live_in_the_namespace_of_the_tier(tier: str) -> None:
     for path in objects(tier):
         for line in output("nm", "-C", "--defined-only", "--extern-only", path).splitlines():
             name = line.split(maxsplit=2)[2]
-            assert re.fullmatch(r"effk::(wq|fft|depthwise|gemm|gemm8|quik|relu_ffn|attention)::kAvx\w+", name), (
-                f"{path.name}: {name}"
-            )
+            assert re.fullmatch(
+                r"effk::(wq|fft|depthwise|gemm|gemm8|quik|relu_ffn|attention|bitmask)::kAvx\w+", name
+            ), f"{path.name}: {name}"
 
 
 @pytest.mark.parametrize(
     ("tier", "forbidden"),
     (
         ("avx2", r"%zmm|%k[0-7]|vpdpbusd|vdpbf16ps"),
-        ("avx512", r"vpdpbusd|vdpbf16ps|vpermb |vpmultishiftqb|gf2p8"),
+        ("avx512", r"vpdpbusd|vdpbf16ps|vpermb |vpmultishiftqb|vpexpand[bw]|vpcompress[bw]|gf2p8"),
         ("avx512vnni", r"vdpbf16ps|vcvtne2ps2bf16|vcvtneps2bf16"),
     ),
 )
@@ -125,7 +125,7 @@ def test_exports_are_few() -> None:
                                           "environment_error")}  # fmt: skip
     linked |= {
         f"effk::{family}::kKernel{what}"
-        for family in ("wq", "fft", "depthwise", "gemm", "gemm8", "quik", "relu_ffn", "attention")
+        for family in ("wq", "fft", "depthwise", "gemm", "gemm8", "quik", "relu_ffn", "attention", "bitmask")
         for what in ("s", "Count")
     }
     linked |= {"effk::fft::describe[abi:cxx11]", "effk::fftconv_spec_floats"}

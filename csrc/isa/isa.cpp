@@ -49,7 +49,7 @@ Cpu detect() {
   if (!avx512) return cpu;
   cpu.tier = Tier::avx512;
 
-  const bool vnni = has(c7, 11) && has(c7, 1) && has(c7, 8);  // VNNI VBMI GFNI
+  const bool vnni = has(c7, 11) && has(c7, 1) && has(c7, 6) && has(c7, 8);  // VNNI VBMI VBMI2 GFNI
   if (!vnni) return cpu;
   cpu.tier = Tier::avx512vnni;
 

@@ -4,7 +4,7 @@
 //   scalar      portable C++
 //   avx2        AVX, AVX2, FMA, F16C, BMI2
 //   avx512      avx2 + AVX-512 F, BW, DQ, VL
-//   avx512vnni  avx512 + AVX-512 VNNI, VBMI and GFNI
+//   avx512vnni  avx512 + AVX-512 VNNI, VBMI, VBMI2 and GFNI
 // BF16 dot products (AVX-512 BF16) are a feature on top of avx512vnni and not part of it: Ice Lake has the tier without
 // the feature, Sapphire Rapids and Zen 4 have both.
 //

@@ -81,6 +81,14 @@ const OpSchema kSchemas[] = {
     {"relu_ffn",
      "(Tensor x, Tensor? wg, Tensor wu, Tensor wd, Tensor? sg, Tensor? su, Tensor? sd, Tensor? bg, Tensor? bu, Tensor? bd,"
      " str rows, str gate, Tensor? param, Tensor? mask, int mask_group, str mode) -> (Tensor y, Tensor nnz)"},
+    {"bitmask_pack",
+     "(Tensor w, Tensor? keep, Tensor? scale, str values, int group)"
+     " -> (Tensor values, Tensor masks, Tensor ptr, Tensor scale, Tensor row_sum)"},
+    {"bitmask_unpack", "(Tensor values, Tensor masks, Tensor ptr, Tensor? scale, int n, int k) -> Tensor"},
+    {"bitmask_linear",
+     "(Tensor x, Tensor values, Tensor masks, Tensor ptr, Tensor? scale, Tensor? row_sum, Tensor? bias, int n, int k, str compute)"
+     " -> Tensor"},
+    {"bitmask_validate", "(Tensor values, Tensor masks, Tensor ptr, int n, int k) -> Tensor"},
     {"input_sparse_linear",
      "(Tensor x, Tensor w, Tensor? scales, Tensor? bias, Tensor? threshold, str rows, int f_out) -> (Tensor y, Tensor nnz)"},
     {"attention",

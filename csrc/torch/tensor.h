@@ -20,6 +20,7 @@ using OptionalTensor = std::optional<Tensor>;
 struct Dtypes {
   int32_t f32 = aoti_torch_dtype_float32(), bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16();
   int32_t u8 = aoti_torch_dtype_uint8(), u16 = aoti_torch_dtype_uint16(), i8 = aoti_torch_dtype_int8(), i32 = aoti_torch_dtype_int32();
+  int32_t i64 = aoti_torch_dtype_int64();
   int32_t cpu = aoti_torch_device_type_cpu();
 };
 inline const Dtypes& dtypes() {

@@ -1,7 +1,7 @@
 """Instruction-set tiers: which there are, which this CPU has, which one kernels are chosen for.
 
 Each tier contains the one before it: ``scalar`` (portable C++), ``avx2`` (with FMA, F16C, BMI2), ``avx512`` (F, BW, DQ,
-VL), ``avx512vnni`` (with VNNI, VBMI, GFNI). BF16 dot products are a feature on top of the last one. The environment
+VL), ``avx512vnni`` (with VNNI, VBMI, VBMI2, GFNI). BF16 dot products are a feature on top of the last one. The environment
 variable ``EFFK_ISA`` forces a tier from the start of the process; :func:`use` does it at run time.
 """
 

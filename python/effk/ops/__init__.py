@@ -5,6 +5,7 @@ The operations themselves are ``torch.ops.effk.<op>``; importing :mod:`effk` has
 
 from . import (
     attention,
+    bitmask_linear,
     dense_linear,
     depthwise_conv1d,
     dyad_linear,
@@ -18,6 +19,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "dense_linear", "depthwise_conv1d", "dyad_linear", "fftconv", "monarch", "quik_linear", "relu_ffn", "sp24",
-    "wq_grouped_linear", "wq_linear",
+    "attention", "bitmask_linear", "dense_linear", "depthwise_conv1d", "dyad_linear", "fftconv", "monarch", "quik_linear",
+    "relu_ffn", "sp24", "wq_grouped_linear", "wq_linear",
 ]  # fmt: skip
