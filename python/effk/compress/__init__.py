@@ -7,9 +7,8 @@ object's class is one that is.)
 Steps of a call, each in its own module: find the layers (``layers``), let the method prepare the model and make a
 plan (``registry``, ``passes``, ``plan``), apply it block by block on calibration data (``apply``, ``calibrate``),
 compress the embedding (``embedding``), let layers over one input share their kernel call (``fuse``), and report
-(``report``). Recipes for long filters, for feed-forward networks and for sparse activations go other ways (``filters``,
-``convert``,
-``sparse``).
+(``report``). Recipes for long filters, for feed-forward networks and for sparse activations go other ways
+(``filters``, ``convert``, ``sparse``).
 """
 
 from __future__ import annotations

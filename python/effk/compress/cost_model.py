@@ -1,8 +1,8 @@
 """What skipping neurons can gain: bytes, multiply-accumulates, and speculative decoding over sparse layers.
 
 Decoding is bound by the bytes of weights read. ``rho`` is the density, ``kappa`` >= 1 how much longer a byte of
-scattered rows takes
-than one of a stream, ``weight_bytes`` those of one weight with its share of scales; ``d`` inputs, ``f`` neurons.
+scattered rows takes than one of a stream, ``weight_bytes`` those of one weight with its share of scales; ``d``
+inputs, ``f`` neurons.
 """
 
 from __future__ import annotations

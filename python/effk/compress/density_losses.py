@@ -1,20 +1,18 @@
 """Losses that make feed-forward activations sparse, as plug-ins for any trainer.
 
-All read the post-activation tensors ``z`` of every network (what ``down`` reads, or ``act(gate x)`` of a gated one), in
-fp32,
-padding left out::
+All read the post-activation tensors ``z`` of every network (what ``down`` reads, or ``act(gate x)`` of a gated one),
+in fp32, padding left out::
 
     deft   mean over layers, tokens, neurons of z^2 / (z^2 + eps)                       a smooth count of non-zeros
     l1     mean over layers and tokens of sum_i |z_i|                                   sum, not mean, over neurons
     hoyer  mean over layers and tokens of (sum_i |z_i|)^2 / (sum_i z_i^2 + 1e-15)       1 (one neuron) .. f (flat)
 
-``DensityLoss(model, ...)`` hooks the activations and adds ``weight * loss`` to the ``loss`` of the model's output while
-it
-trains, so trainers, and PEFT models around it, need no change. Published weights are for these normalisations.
+``DensityLoss(model, ...)`` hooks the activations and adds ``weight * loss`` to the ``loss`` of the model's output
+while it trains, so trainers, and PEFT models around it, need no change. Published weights are for these
+normalisations.
 
 Sources: DEFT (Runwal et al., 2402.01911), L1 and its schedule from ProSparse (Song et al., 2402.13516), Hoyer from
-D2DMoE
-(Szatkowski et al., 2310.04361).
+D2DMoE (Szatkowski et al., 2310.04361).
 """
 
 from __future__ import annotations
@@ -77,11 +75,10 @@ def prosparse_schedule(warm: float, stages: Sequence[tuple[int, float]], warm_st
 class DensityLoss:
     """Adds a sparsity loss to a model that trains.
 
-    ``with DensityLoss(model, "deft"): trainer.train()``, or :meth:`attach` and :meth:`detach`. Attached, the outputs of
-    ``model`` (a transformers model called with ``labels``) carry ``loss + weight * density loss`` in training mode, and
-    :attr:`last` the density loss alone; :meth:`value` gives it to a training loop of one's own. Gradients reach
-    whatever
-    requires them: under PEFT the adapters alone.
+    ``with DensityLoss(model, "deft"): trainer.train()``, or :meth:`attach` and :meth:`detach`. Attached, the outputs
+    of ``model`` (a transformers model called with ``labels``) carry ``loss + weight * density loss`` in training
+    mode, and :attr:`last` the density loss alone; :meth:`value` gives it to a training loop of one's own. Gradients
+    reach whatever requires them: under PEFT the adapters alone.
 
     Args:
         model: its feed-forward networks are found by :func:`effk.compress.sparse_networks.activations`.

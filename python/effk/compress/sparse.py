@@ -1,8 +1,8 @@
 """Methods of activation sparsity: their recipes, handlers and reports; :mod:`.sparse_convert` carries them out.
 
 Every network becomes an :class:`effk.nn.SparseFFN`; methods differ in what they do to the activation before, in the
-gate's
-parameter, and in who selects neurons. The report says whether skipping is exact, and measures it (:mod:`.sparsity`).
+gate's parameter, and in who selects neurons. The report says whether skipping is exact, and measures it
+(:mod:`.sparsity`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.neuron import check_rows
+from ..formats.neuron import DTYPES, check_rows
 from ..nn.relu_ffn import SparseFFN
 from .networks import NetworkPlan, NetworkRecipe
 from .sparse_networks import SparseNetwork
 from .sparsity import NetworkSparsity
-
-_DTYPE_ROWS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +31,8 @@ class SparseRecipe(NetworkRecipe):
     """Fields common to methods of activation sparsity; patterns match names of networks.
 
     Attributes:
-        rows: how neuron rows are stored: "fp32", "bf16", "fp16", "int8" or "int4"; None: as the model's weights.
+        rows: how neuron rows are stored: "fp32", "bf16", "fp16", "int8" or "int4"; None: in 16 bits where these hold
+            the weights exactly, else in fp32.
         group: columns of a row that share a scale, 32, 64 or 128; 0: the row. Only for int8 and int4.
     """
 
@@ -68,14 +67,14 @@ class SparseHandler(ABC):
 
     def options(self, network: SparseNetwork, recipe: SparseRecipe) -> dict[str, Any]:
         """The plan's entry for a network, JSON values, from the recipe that applies to it."""
-        return {"rows": recipe.rows or _DTYPE_ROWS[network.down.module.weight.dtype], "group": recipe.group}
+        return {"rows": recipe.rows, "group": recipe.group}
 
     def check(self, network: SparseNetwork, options: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` unless ``options``, perhaps edited, are legal for ``network``."""
         expected = {"rows", "group", *self.own_options}
         if set(options) != expected:
             raise ValueError(f"plan: {network.name}: expected {sorted(expected)}, got {dict(options)}")
-        check_rows(f"plan: {network.name}", options["rows"], options["group"])
+        check_rows(f"plan: {network.name}", options["rows"] or "fp32", options["group"])
 
     own_options: tuple[str, ...] = ()
 
@@ -129,7 +128,17 @@ def pack_network(
         bg, bu = (None if b is None else b[order] for b in (bg, bu))
     if param is not None and network.gated and kind == "gelu_gauss":  # transformers rounds it to the activations' dtype
         param = param.to(network.down.module.weight.dtype).float()
-    return SparseFFN.from_weights(gate, up, down, (bg, bu, bd), kind, param, options["rows"], options["group"])
+    rows = options["rows"] or exact_rows(gate, up, down)
+    return SparseFFN.from_weights(gate, up, down, (bg, bu, bd), kind, param, rows, options["group"])
+
+
+def exact_rows(*weights: Tensor | None) -> str:
+    """The smallest rows in floating point that hold all ``weights`` exactly."""
+    given = [w for w in weights if w is not None]
+    for rows in ("bf16", "fp16"):
+        if all(torch.equal(w, w.to(DTYPES[rows]).to(w.dtype)) for w in given):
+            return rows
+    return "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +151,9 @@ class SparsityReport:
         networks: network name -> :class:`effk.compress.sparsity.NetworkSparsity`; None without calibration text.
         inputs: linear layer -> share of its inputs that count, where only those are read.
         perplexity_before, perplexity_prepared, perplexity_after: on the held-out sequences: of the model as it came,
-        after its
-            activations were replaced and trained, and at the end; None for a model that is no decoder.
-        held_out: sequences that the figures were measured on; 0: too few were given, and they are those of calibration.
+            after its activations were replaced and trained, and at the end; None for a model that is no decoder.
+        held_out: sequences that the figures were measured on; 0: too few were given, and they are those of
+            calibration.
         skipped: network name -> reason.
         costs: bytes and multiply-accumulates of a token (:func:`.sparse_convert.costs`).
         notes: the method's own figures.

@@ -1,8 +1,7 @@
 """Feed-forward networks as neurons: gate and up rows, down columns and the activation between, found by structure.
 
 Candidates are known by the names of their layers; what the activation is, is told by what it does to numbers, and a
-gated
-network is compared with the formula before it is taken.
+gated network is compared with the formula before it is taken.
 """
 
 from __future__ import annotations
@@ -37,7 +36,8 @@ class SparseNetwork:
     Attributes:
         name: of the innermost module around it.
         block: of the transformer block around it.
-        place: where the module that computes all of it goes: the whole module of a gated network, else the first layer.
+        place: where the module that computes all of it goes: the whole module of a gated network, else the first
+            layer.
         silent: modules that do nothing once ``place`` computes everything.
         act: the activation's name.
         reading, down: the layers that read the input (one, or gate and up) and the one that writes the output.

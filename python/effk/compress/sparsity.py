@@ -28,8 +28,7 @@ _POSITIONS = 8  # of each sequence that unions over a batch are measured at
 @dataclass(frozen=True)
 class Prediction:
     """How a selector does against the true gate: of the active neurons it keeps ``recall``; ``precision`` of what it
-    keeps is active;
-    it keeps ``density``; ``missed_mass`` of the sum of |h_i| |W_down_i| is lost."""
+    keeps is active; it keeps ``density``; ``missed_mass`` of the sum of |h_i| |W_down_i| is lost."""
 
     recall: float
     precision: float

@@ -2,12 +2,9 @@
 sparsely.
 
 An OPT of bytes with a wide feed-forward network, trained on the calibration text in the package and judged on the
-evaluation
-text: once by its loss alone, once with the DEFT loss beside it. Same seed, same steps, same start. Then both decode:
-with PyTorch's dense
-layers, with the kernel reading every neuron, and with the kernel skipping inactive ones, which gives the same logits up
-to
-rounding. Figures: docs/activation-sparsity.md.
+evaluation text: once by its loss alone, once with the DEFT loss beside it. Same seed, same steps, same start. Then
+both decode: with PyTorch's dense layers, with the kernel reading every neuron, and with the kernel skipping inactive
+ones, which gives the same logits up to rounding. Figures: docs/activation-sparsity.md.
 """
 
 from __future__ import annotations
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import isa
 from ..compress.density_losses import DensityLoss
+from ..compress.passes.relufy import Relufy
 from ..data import calibration_text, evaluation_text
 from .dyad_training import Settings, Trainer, batches, build, evaluate, next_byte_loss
 from .sparse_speed import Speed, measure_speed
@@ -100,13 +98,12 @@ def run(
             if number % max(1, settings.steps // 5) == 0:
                 say(f"  {name}, step {number}: {trainer.plain[-1]:.3f} nats, density {trainer.densities[-1]:.3f}")
         trainer.extra.detach()
-        version = Version(trainer.plain, trainer.densities, 0.0, time.perf_counter() - start)
-        version.evaluation = evaluate(trainer.model, windows)
-        report = measure_speed(trainer.model.eval(), settings, windows[:1, : settings.length // 4], windows, version)
-        outcome.versions[name] = version
-        say(
-            f"{name}: {version.evaluation:.3f} nats per byte, density {version.density:.3f}, {version.tokens_per_second}"
-        )
+        seconds, evaluation = time.perf_counter() - start, evaluate(trainer.model, windows)
+        prompt = windows[:1, : settings.length // 4]
+        count = settings.length - prompt.shape[1] - 1
+        report, speed = measure_speed(trainer.model.eval(), Relufy(), prompt, count, windows)
+        outcome.versions[name] = Version(trainer.plain, trainer.densities, evaluation, seconds, speed)
+        say(f"{name}: {evaluation:.3f} nats per byte, density {speed.density:.3f}, {speed.tokens_per_second}")
         if out is not None:
             report.save(str(out / f"{'deft' if own else 'relu'}.json"))
     return outcome

@@ -2,10 +2,9 @@
 then run sparsely.
 
 Stage 1 of Mirzadeh et al. (2310.04564) on the calibration text in the package, with a DEFT loss if asked for:
-perplexity on the
-evaluation text against tokens seen, density of every layer, and decoding with and without skipping. The published
-recovery saw 30 B
-tokens; a few ten thousand show its direction and no more. Figures: docs/activation-sparsity.md.
+perplexity on the evaluation text against tokens seen, density of every layer, and decoding with and without skipping.
+The published recovery saw 30 B tokens; a few ten thousand show its direction and no more. Figures:
+docs/activation-sparsity.md.
 """
 
 from __future__ import annotations

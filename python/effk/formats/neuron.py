@@ -2,10 +2,8 @@
 read.
 
 Rows in floating point are stored as the plain matrix ``[f, d]``. Quantised ones are codes and scales, ``w = code *
-scale``: int8
-``[f, d]``, or two 4-bit codes plus 8 a byte ``[f, ceil(d / 2)]``, the first column in the low bits; scales fp32 ``[f,
-groups]``.
-Codes to packed rows and back is exact.
+scale``: int8 ``[f, d]``, or two 4-bit codes plus 8 a byte ``[f, ceil(d / 2)]``, the first column in the low bits;
+scales fp32 ``[f, groups]``. Codes to packed rows and back is exact.
 """
 
 from __future__ import annotations

@@ -15,13 +15,11 @@
      "relu_norms": [module],
      "weights": {"file", "bytes", "sha256"} or null}
 
-The tensors of a module are stored beside its other ones as ``<module>.qweight``, ``<module>.scales`` and so on, in the
-canonical form (:mod:`effk.formats.wq`); those of a DYAD layer are its parameters, or, for quantised blocks, the
-canonical form of the one matrix that holds both components (:func:`effk.ops.dyad_linear.stacked`); those of a
-QUIK layer the canonical form of :mod:`effk.formats.quik`; those of a sparse network :mod:`.sparse_record`. All but
-"layers"
-may be missing.
-``recipe`` tells how the model was made; loading does not need it.
+The tensors of a module are stored beside its other ones as ``<module>.qweight``, ``<module>.scales`` and so on, in
+the canonical form (:mod:`effk.formats.wq`); those of a DYAD layer are its parameters, or, for quantised blocks, the
+canonical form of the one matrix that holds both components (:func:`effk.ops.dyad_linear.stacked`); those of a QUIK
+layer the canonical form of :mod:`effk.formats.quik`; for sparse networks see :mod:`.sparse_record`. "dyad" and what
+follows it may be missing. ``recipe`` tells how the model was made; loading does not need it.
 """
 
 from __future__ import annotations

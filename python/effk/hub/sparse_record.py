@@ -2,12 +2,9 @@
 back.
 
 Of an :class:`effk.nn.SparseFFN` a file holds, under ``<module>.gate``, ``.up`` and ``.down``, the stored form of its
-rows
-(:mod:`effk.formats.neuron`; down transposed), ``<module>.gate_bias`` and so on, ``.param``, and a selector's tensors
-under
-``.selector``; of an :class:`effk.nn.InputSparseLinear` the same of ``W^T`` under ``.columns``, ``.bias`` and
-``.threshold``. ``silent``
-names the modules that do nothing beside it.
+rows (:mod:`effk.formats.neuron`; down transposed), ``<module>.gate_bias`` and so on, ``.param``, and a selector's
+tensors under ``.selector``; of an :class:`effk.nn.InputSparseLinear` the same of ``W^T`` under ``.columns``,
+``.bias`` and ``.threshold``. ``silent`` names the modules that do nothing beside it.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ _MOST_TOKENS = 8  # that share one list of columns in the kernel
 class InputSparseLinear(FrozenDtypes):
     """``y = sum_j x_j W[:, j] + bias`` over the inputs j with ``|x_j| > threshold_j``; frozen.
 
-    Exact where the threshold is 0 (None); above 0 an approximation of the dense layer, applied to every token alike. Up
-    to eight
-    tokens run on the kernel, which reads only the columns it needs; more, and inputs with gradients, on PyTorch.
+    Exact where the threshold is 0 (None); above 0 an approximation of the dense layer, applied to every token alike.
+    Up to eight tokens run on the kernel, which reads only the columns it needs; more, and inputs with gradients, on
+    PyTorch.
 
     Buffers: ``columns`` packed rows of ``W^T`` (csrc/formats/neuron.h), ``scales``, ``bias`` and ``threshold`` fp32.
     """

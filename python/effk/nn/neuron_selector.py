@@ -1,10 +1,8 @@
 """Who may be active, decided before any gate is computed: selectors of :class:`effk.nn.SparseFFN`.
 
-``selector(x, ffn)`` returns a mask for the kernel, uint8 ``[1 or tokens, bytes]`` with a bit for ``group`` neighbouring
-neurons, or
-None: all. Neurons outside are not read and count as zero, so every selector makes its layer approximate; what is inside
-still
-passes through the true gate.
+``selector(x, ffn)`` returns a mask for the kernel, uint8 ``[1 or tokens, bytes]`` with a bit for ``group``
+neighbouring neurons, or None: all. Neurons outside are not read and count as zero, so every selector makes its layer
+approximate; what is inside still passes through the true gate.
 """
 
 from __future__ import annotations
@@ -66,8 +64,7 @@ class SignPredictor(Selector):
     alone.
 
     SparseInfer (Shin et al., 2411.12692): no training, one bit a gate weight. ``bits`` uint8 ``[f, ceil(d / 8)]``, 1
-    for a
-    negative weight. Zeros count as positive. A larger alpha keeps more.
+    for a negative weight. Zeros count as positive. A larger alpha keeps more.
     """
 
     kind = "sign"
@@ -104,8 +101,7 @@ class ExpertRouter(Selector):
     2310.04361).
 
     Norms ``r = |W2 relu(W1 x)|``; ``dynk_max``: those with ``r_i >= (1 - tau) max r``; ``dynk``: the fewest, largest
-    first, whose
-    shares of ``sum r`` reach tau.
+    first, whose shares of ``sum r`` reach tau.
     """
 
     kind = "experts"
@@ -149,16 +145,13 @@ class ActiveSetReuse(Selector):
     """Neurons that earlier tokens used. Holds the state of one generation; a call with more than one token a sequence
     starts anew.
 
-    window   gamma tokens are computed exactly and the union of their active sets noted, the next gamma use only that,
-    and so on
-             (Mirzadeh et al., 2310.04564, gamma intervals)
-    griffin  from the prompt, the ``share`` of neurons with the largest norm over its tokens of h / |h|, for the whole
-    generation
-             (Dong et al., 2404.01365)
+    window   gamma tokens are computed exactly and the union of their active sets noted, the next gamma use only
+             that, and so on (Mirzadeh et al., 2310.04564, gamma intervals)
+    griffin  from the prompt, the ``share`` of neurons with the largest norm over its tokens of h / |h|, for the
+             whole generation (Dong et al., 2404.01365)
 
     Prompts themselves are computed as they are. State is not saved. Models that hand on the tokens of a batch as one
-    list (OPT) are
-    taken to run one sequence: several at once are computed exactly.
+    list (OPT) are taken to run one sequence: several at once are computed exactly.
     """
 
     kind = "reuse"

@@ -46,23 +46,20 @@ class SparseFFN(FrozenDtypes):
     zero.
 
     Frozen, made by :meth:`from_weights`; x fp32, bf16 or fp16 ``[..., d]``. Buffers are packed neuron rows
-    (csrc/formats/neuron.h),
-    their scales, fp32 biases and the gate's ``param``; all keep their dtype under ``.to(dtype)``.
+    (csrc/formats/neuron.h), their scales, fp32 biases and the gate's ``param``; all keep their dtype under
+    ``.to(dtype)``.
 
     Few tokens run on the kernel. Where inputs need gradients, with :attr:`reference`, and from the number of tokens
-    that
-    :attr:`modes` says (9), the layer is computed by PyTorch from unpacked weights: the same function up to summation
-    order.
-    What is done depends on the number of tokens alone, never on the values.
+    that :attr:`modes` says (9), the layer is computed by PyTorch from unpacked weights: the same function up to
+    summation order. What is done depends on the number of tokens alone, never on the values.
 
     A ``selector`` (:mod:`effk.nn.neuron_selector`) says before the gate is computed which neurons may be active, per
-    token;
-    :meth:`set_mask` fixes it for all. Either makes the layer approximate, and so does gate ``silu_threshold``: see
-    :attr:`exact`.
+    token; :meth:`set_mask` fixes it for all. Either makes the layer approximate, and so does gate ``silu_threshold``:
+    see :attr:`exact`.
 
     Attributes:
-        modes: tokens -> "sparse", "dense" (the kernel reading every neuron) or "torch", each from that number of tokens
-        on.
+        modes: tokens -> "sparse", "dense" (the kernel reading every neuron) or "torch", each from that number of
+            tokens on.
         reference: compute in fp32 with PyTorch, selector and mask obeyed.
         counting: keep the number of active neurons of every token for :meth:`density_report`.
     """

@@ -1,8 +1,7 @@
 """CATS: the SiLU of a gate counts as zero where it is small; no training.
 
 Lee et al., "CATS: Contextually-Aware Thresholding for Sparsity in LLMs", 2024 (arXiv:2404.08763): one threshold a
-network, the
-quantile of ``|SiLU(g)|`` over calibration text.
+network, the quantile of ``|SiLU(g)|`` over calibration text.
 """
 
 from __future__ import annotations

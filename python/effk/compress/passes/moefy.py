@@ -1,9 +1,8 @@
 """Dense to dynamic experts: neurons that fire together become experts, and a router runs as many as a token needs.
 
 D2DMoE (Szatkowski et al., 2310.04361): equal clusters of normalised gate rows, a regression of every expert's output
-norm, and
-selection relative to the largest norm or by a share of their sum. An expert is a run of neighbouring neurons and a bit
-of a mask.
+norm, and selection relative to the largest norm or by a share of their sum. An expert is a run of neighbouring
+neurons and a bit of a mask.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class Moefy(SparseRecipe):
     Attributes:
         size: neurons of an expert; must divide their number.
         rule: "dynk_max": experts with a norm of at least (1 - tau) of the largest; "dynk": the fewest whose shares
-        reach tau.
+            reach tau.
         tau: see ``rule``.
         width: of the router's hidden layer.
         steps, rate: of its training with Adam.

@@ -2,11 +2,9 @@
 skipped.
 
 Mirzadeh et al., "ReLU Strikes Back", 2023 (arXiv:2310.04564). The published recovery took 30 and 50 B tokens of
-pre-training
-text; ``model_steps`` of distillation here are a beginning, and newer models trained on far more tokens do not get their
-reasoning
-back by 5 to 30 B. A model of one's own trainer: :func:`swap_activations`, train it, then this recipe, which takes gates
-as they are.
+pre-training text; ``model_steps`` of distillation here are a beginning, and newer models trained on far more tokens
+do not get their reasoning back by 5 to 30 B. A model of one's own trainer: :func:`swap_activations`, train it, then
+this recipe, which takes gates as they are.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from ..layers import Layer, find_layers, replace_module
 from ..recover import recover_model
 from ..registry import register
 from ..solvers.cett import cett_threshold
-from ..sparse import Session, SparseHandler, SparseRecipe, pack_network
+from ..sparse import Session, SparseHandler, SparseRecipe, exact_rows, pack_network
 from ..sparse_networks import SparseNetwork, find_sparse_networks, swap_activation
 
 ACTIVATIONS = ("relu", "relu2", "shifted_relu", "fatrelu")
@@ -46,7 +44,7 @@ class Relufy(SparseRecipe):
         threshold: fatrelu's; None: the largest at which what is left out stays below ``cett`` of the output.
         cett: ``|sum of the contributions left out| / |y|``, mean over tokens (Luo et al., 2411.02335).
         stage: 2 also puts a ReLU behind the norms whose outputs the attention and the network read, and skips zero
-        inputs of q, k, v.
+            inputs of q, k, v.
         density_weight: of the DEFT loss during ``model_steps``.
     """
 
@@ -186,10 +184,9 @@ def _projections(session: Session) -> dict[str, InputSparseLinear]:
     done = {}
     for layer in find_layers(session.model)[0]:
         if layer.block in blocks and _is_query(layer):
-            rows = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[layer.module.weight.dtype]
-            done[layer.name] = InputSparseLinear.from_weight(
-                layer.weight(), layer.module.bias, None, session.recipe.rows or rows, session.recipe.group
-            )
+            weight, recipe = layer.weight(), session.recipe
+            rows = recipe.rows or exact_rows(weight)
+            done[layer.name] = InputSparseLinear.from_weight(weight, layer.module.bias, None, rows, recipe.group)
     return done
 
 

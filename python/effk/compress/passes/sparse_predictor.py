@@ -2,8 +2,7 @@
 accuracy.
 
 "lowrank" (Deja Vu, Liu et al., 2310.17157) trains two matrices on calibration text; "sign" (SparseInfer, Shin et al.,
-2411.12692)
-needs no training. :meth:`effk.compress.cost_model.Ffn.largest_rank` tells whether a rank can pay at all.
+2411.12692) needs no training. :meth:`effk.compress.cost_model.Ffn.largest_rank` tells whether a rank can pay at all.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ class SparsePredictor(SparseRecipe):
         kind: "lowrank" or "sign".
         rank: of "lowrank".
         recall: the threshold (or alpha of "sign") is set so that at least this share of active neurons is kept on
-        calibration text.
+            calibration text.
         epochs: at most; training ends earlier where the held-out recall passes 0.99.
         rate: of AdamW.
     """

@@ -1,10 +1,9 @@
 """TEAL: small inputs of every linear layer of the blocks count as zero; no training.
 
 Liu et al., "Training-Free Activation Sparsity in Large Language Models", 2024 (arXiv:2408.14690). Thresholds are
-quantiles of
-``|x|`` (the published ``quantile(0.5 + p / 2)`` of x is the same only for symmetric inputs); within a block the shares
-of its layers are
-raised greedily, each time that of the layer which harms the block's output least, as published.
+quantiles of ``|x|`` (the published ``quantile(0.5 + p / 2)`` of x is the same only for symmetric inputs); within a
+block the shares of its layers are raised greedily, each time that of the layer which harms the block's output least,
+as published.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ...nn.relu_ffn import SparseFFN
 from ..calibrate import Block, stream_blocks
 from ..layers import Layer, find_layers, replace_module
 from ..registry import register
-from ..sparse import Session, SparseHandler, SparseRecipe
+from ..sparse import Session, SparseHandler, SparseRecipe, exact_rows
 from ..sparse_networks import SparseNetwork
 from .cats import magnitude_quantile
 
@@ -93,10 +92,9 @@ class TealHandler(SparseHandler):
                 chosen = _allocate(block, members, inputs, options["sparsity"])
             for layer in members:
                 threshold = magnitude_quantile(inputs[layer.input_group], chosen[layer.name])
-                bias = getattr(layer.module, "bias", None)
-                module = InputSparseLinear.from_weight(
-                    layer.weight(), bias, threshold, options["rows"], options["group"]
-                )
+                weight, bias = layer.weight(), getattr(layer.module, "bias", None)
+                rows = options["rows"] or exact_rows(weight)
+                module = InputSparseLinear.from_weight(weight, bias, threshold, rows, options["group"])
                 replace_module(session.model, layer.name, module.eval())
                 layer.module = None
             shares |= chosen

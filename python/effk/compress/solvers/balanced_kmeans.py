@@ -10,8 +10,7 @@ def balanced_kmeans(rows: Tensor, clusters: int, iterations: int, seed: int) -> 
     """The cluster of every row ``[f, d]``, each with ``f / clusters`` rows.
 
     Rows choose in order of what the second-best cluster would cost them more, each the nearest with a free place;
-    centres are
-    means. It ends early where nothing changes.
+    centres are means. It ends early where nothing changes.
     """
     f = len(rows)
     if clusters < 1 or f % clusters:

@@ -1,0 +1,66 @@
+"""The examples of activation sparsity at sizes that take seconds, and the recipe on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import effk as package
+from cli.tiny import byte_tokenizer
+from effk.demo import gemma3n_ffn, relu_training, relufication
+from effk.demo.dyad_training import Settings
+from effk.nn.relu_ffn import sparse_ffns
+from small_models import small_model
+
+TINY = Settings(width=32, hidden=256, blocks=2, heads=4, length=32, batch=4, steps=30, windows=4)
+
+
+def test_training_with_and_without_deft(tmp_path: Path) -> None:
+    outcome = relu_training.run(TINY, out=tmp_path, say=lambda text: None)
+    plain, deft = outcome.versions.values()
+    assert plain.losses[0] == deft.losses[0] == pytest.approx(5.545, abs=0.05), "the same start"
+    assert deft.losses[-1] < deft.losses[0] - 0.1 and deft.speed.density < 0.8 * plain.speed.density
+    for version in (plain, deft):
+        assert version.speed.largest_error < 1e-4 and min(version.speed.tokens_per_second.values()) > 0
+    lines = "\n".join(relu_training.table(outcome))
+    assert "| ReLU with DEFT |" in lines and (tmp_path / "deft.png").is_file() and (tmp_path / "relu.json").is_file()
+
+
+def test_relufication() -> None:
+    model = small_model("llama")
+    model.resize_token_embeddings(257)
+    outcome = relufication.run(model, byte_tokenizer(), 12, 32, 1e-3, 0.0, 8, say=lambda text: None)
+    assert [tokens for tokens, _, _ in outcome.points] == [0, 64, 128, 192, 256, 320, 384]
+    assert outcome.points[-1][1] < outcome.points[0][1], "it learns"
+    assert len(outcome.density) == 3 and outcome.speed.largest_error < 1e-4
+    assert "| 384 |" in "\n".join(relufication.table(outcome))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2.0**-6)])
+def test_gemma3n(dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gemma3n_ffn, "_CACHE", 0)
+    rows = ("fp32",) if dtype == torch.float32 else ("bf16", "int8")
+    row = gemma3n_ffn.measure("tiny", dtype, rows, 2, sizes=(64, 512))
+    assert row.error < bound and row.density == pytest.approx(0.05, abs=0.02)
+    assert len(row.us) == 1 + 2 * len(rows) and "skipping over PyTorch" in gemma3n_ffn.table([row])[0]
+
+
+def test_the_recipe_on_the_command_line(tiny: Path, effk: Callable, tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    options = ("--recipe", "cats", "--set", "sparsity=0.7", "--calib-length", 32, "--calib-sequences", 8)
+    ran = effk("compress", tiny, "--out", out, "--json", *options)
+    assert ran.status == 0, ran.stderr
+    report = ran.json["report"]
+    assert report["statement"].startswith("approximate") and (out / "report.png").is_file()
+    assert json.loads((out / "report.json").read_text()) == report
+    model = package.load(out)
+    assert all(ffn.gate == "silu_threshold" and ffn.rows == "bf16" for ffn in sparse_ffns(model).values()), "as on disk"
+    assert len(sparse_ffns(model)) == 2 and effk("eval", out, "--context", 32, "--windows", 2).status == 0
+    planned = effk("compress", tiny, "--recipe", "relufy", "--plan-only", "--out", tmp_path / "plan")
+    assert planned.status == 0 and "model.layers.1.mlp" in (tmp_path / "plan" / "plan.json").read_text()
+    text = effk("compress", tiny, "--recipe", "relufy", "--set", "rows=int8", "--out", tmp_path / "b")
+    assert text.status == 0 and "exact: what is skipped is zero" in text.stdout
