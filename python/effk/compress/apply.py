@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..formats import quik
+from ..formats import bitmask, quik
+from ..formats.bitmask import BitmaskTensor
 from ..formats.quik import QuikWeight
 from ..formats.wq import WqWeight, weight_bytes
-from ..nn import QuikLinear, WqLinear
+from ..nn import BitmaskLinear, QuikLinear, WqLinear
+from ..ops import bitmask_linear
 from .calibrate import LayerStats, stream_blocks
 from .layers import Layer, replace_module
 from .plan import LayerPlan, Plan, outlier_count
@@ -76,8 +78,8 @@ def install_layer(
     model: nn.Module,
     layer: Layer,
     dense: Tensor,
-    weight: WqWeight | QuikWeight,
-    module: WqLinear | QuikLinear,
+    weight: WqWeight | QuikWeight | BitmaskTensor,
+    module: WqLinear | QuikLinear | BitmaskLinear,
     start: float,
     hessian: Tensor | None = None,
 ) -> LayerReport:
@@ -99,7 +101,7 @@ def install_layer(
 
 
 def report_on(
-    weight: WqWeight | QuikWeight,
+    weight: WqWeight | QuikWeight | BitmaskTensor,
     dense: Tensor,
     restored: Tensor,
     compute: str,
@@ -110,11 +112,12 @@ def report_on(
     """The account of one weight; ``before`` is its size in bytes before."""
     columns = weight.outliers if isinstance(weight, QuikWeight) else 0
     wq = weight.base if isinstance(weight, QuikWeight) else weight
+    sparse = isinstance(weight, BitmaskTensor)
     return LayerReport(
         bits=weight.bits,
         true_bits=weight.bits_per_weight(),
-        group_size=wq.group_size,
-        outliers=0 if wq.out_val is None else wq.out_val.numel(),
+        group_size=weight.group if sparse else wq.group_size,
+        outliers=0 if sparse or wq.out_val is None else wq.out_val.numel(),
         outlier_columns=columns,
         compute=compute,
         weights=dense.numel(),
@@ -126,8 +129,13 @@ def report_on(
     )
 
 
-def _check_against_plan(layer: Layer, entry: LayerPlan, weight: WqWeight | QuikWeight) -> None:
+def _check_against_plan(layer: Layer, entry: LayerPlan, weight: WqWeight | QuikWeight | BitmaskTensor) -> None:
     weight.validate()
+    if isinstance(weight, BitmaskTensor):
+        got = {"n": weight.n, "k": weight.k, "bits": weight.bits, "group_size": weight.group}
+        expected = {"n": layer.n, "k": layer.k, "bits": entry.bits, "group_size": entry.group_size}
+        _expect_planned(layer, expected, got)
+        return
     if isinstance(weight, QuikWeight):
         got = {name: getattr(weight, name) for name in ("n", "k", "bits", "outliers", "rotated", "pattern")}
         expected = {"n": layer.n, "k": layer.k, "bits": entry.bits, "outliers": entry.options["outlier_columns"]}
@@ -160,7 +168,7 @@ def _expect_planned(layer: Layer, expected: Mapping[str, object], got: Mapping[s
         raise ValueError(f"compress: {layer.name}: expected the planned {expected}, got {got}")
 
 
-def _self_check(name: str, module: WqLinear | QuikLinear, restored: Tensor) -> None:
+def _self_check(name: str, module: WqLinear | QuikLinear | BitmaskLinear, restored: Tensor) -> None:
     """Compare the kernel for unrounded activations on random x with the dequantised weight in float64.
 
     Each output is a sum of at most 2 K products in fp32 (a dense and a sparse one per column), in a fixed order:
@@ -171,6 +179,8 @@ def _self_check(name: str, module: WqLinear | QuikLinear, restored: Tensor) -> N
     x = torch.randn(_CHECK_ROWS, k, generator=torch.Generator().manual_seed(0)).to(restored.device)
     if isinstance(module, QuikLinear):
         got = module.product(x, 16, None).double()
+    elif isinstance(module, BitmaskLinear):
+        got = bitmask_linear.linear(x, module.packed).double()
     else:
         got = torch.ops.effk.wq_linear(x, *module._weight_args(), None, *module._geometry(), "float").double()
     x = x.double()
@@ -199,7 +209,9 @@ def _ratio(error: Tensor, reference: Tensor) -> float:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and persistent buffers; compressed layers count as they are stored, not as packed."""
-    compressed = {n: module for n, module in model.named_modules() if isinstance(module, (WqLinear, QuikLinear))}
+    compressed = {
+        n: module for n, module in model.named_modules() if isinstance(module, (WqLinear, QuikLinear, BitmaskLinear))
+    }
     total = sum(stored_bytes(module) for module in compressed.values())
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -212,8 +224,13 @@ def model_bytes(model: nn.Module) -> int:
     return total
 
 
-def stored_bytes(module: WqLinear | QuikLinear) -> int:
+def stored_bytes(module: WqLinear | QuikLinear | BitmaskLinear) -> int:
     """Bytes of a compressed layer in canonical form, bias included."""
+    if isinstance(module, BitmaskLinear):
+        bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
+        packed = module.packed
+        bits = 8 * packed.values.element_size()
+        return bias + bitmask.weight_bytes(packed.n, packed.k, bits, packed.stored, module.group)
     if isinstance(module, QuikLinear):
         bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
         return bias + quik.weight_bytes(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..formats import quik
+from ..formats import bitmask, quik
 from ..formats.wq import BITS, CODEBOOKS, normalize_group_size, weight_bytes
 from .layers import Layer
 
@@ -30,8 +30,8 @@ class LayerPlan:
         bits: 2, 3, 4 or 8 bits per code.
         group_size: 32, 64, 128, 256, or 0 for one group per row.
         format: "sym" (zero point 2**(bits-1)), "asym" (stored zero points), a fixed codebook ("nf2", "nf3", "nf4",
-            "fp4"), "rows" (one learned table per row), or "quik" (rounded activations and outlier columns; ``options``
-            say how).
+            "fp4"), "rows" (one learned table per row), "quik" (rounded activations and outlier columns; ``options``
+            say how), or "bitmask" (sparse values of 8, 16 or 32 bits; ``options`` say how many).
         outliers: fraction of the weights kept as sparse fp16, in [0, 0.1].
         compute: "float" or "int8".
         scale_bytes: 2 (fp16) or 4 (fp32).
@@ -53,6 +53,8 @@ class LayerPlan:
 
     def sized(self, layer: Layer) -> LayerPlan:
         """This entry with both byte counts computed for ``layer``."""
+        if self.format == "bitmask":
+            return dataclasses.replace(self, bytes_before=layer.nbytes, bytes_after=self._bitmask_bytes(layer))
         if self.format == "quik":
             return dataclasses.replace(self, bytes_before=layer.nbytes, bytes_after=self._quik_bytes(layer))
         codebook = None if self.format in ("sym", "asym") else "row" if self.format == "rows" else "shared"
@@ -75,8 +77,9 @@ class LayerPlan:
             if not ok:
                 raise ValueError(f"plan: {name}: {field_name}: expected {expected}, got {getattr(self, field_name)!r}")
 
-        formats = ("sym", "asym", "rows", "quik", *CODEBOOKS)
-        expect("bits", type(self.bits) is int and self.bits in BITS, f"one of {BITS}")
+        formats = ("sym", "asym", "rows", "quik", "bitmask", *CODEBOOKS)
+        bits = tuple(bitmask.DTYPES) if self.format == "bitmask" else BITS
+        expect("bits", type(self.bits) is int and self.bits in bits, f"one of {bits}")
         try:
             expect("group_size", normalize_group_size(self.group_size) == self.group_size, "0 for one group per row")
         except ValueError as error:
@@ -96,8 +99,20 @@ class LayerPlan:
                 ("bits", quik.BITS), ("group_size", (0,)), ("outliers", (0,)), ("compute", ("float",)), ("scale_bytes", (4,)),
             ):  # fmt: skip
                 expect(field_name, getattr(self, field_name) in legal, f"{' or '.join(map(str, legal))} for 'quik'")
+        if self.format == "bitmask":
+            expect(
+                "group_size", self.group_size % 64 == 0 and (self.bits == 8 or not self.group_size), "0 or 64, 128, 256"
+            )
+            expect("outliers", self.outliers == 0, "0 for 'bitmask'")
+            expect("compute", self.compute == "float" or self.bits == 8, "'float' unless bits are 8")
+            share = self.options.get("sparsity")
+            expect("options", isinstance(share, float) and 0 < share < 1, "a sparsity between 0 and 1")
         expect("score", self.score is None or math.isfinite(self.score), "a finite number or null")
         expect("options", isinstance(self.options, Mapping), "an object")
+
+    def _bitmask_bytes(self, layer: Layer) -> int:
+        stored = layer.n * layer.k - int(layer.n * layer.k * self.options["sparsity"])
+        return bitmask.weight_bytes(layer.n, layer.k, self.bits, stored, self.group_size)
 
     def _quik_bytes(self, layer: Layer) -> int:
         columns = self.options.get("outlier_columns")

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from ..formats.bitmask import BitmaskTensor
 from ..formats.quik import QuikWeight
 from ..formats.wq import WqWeight
-from ..nn import QuikLinear, WqLinear
+from ..nn import BitmaskLinear, QuikLinear, WqLinear
 from .calibrate import LayerStats
 from .filters import FilterHandler
 from .layers import Layer
@@ -84,14 +85,18 @@ class Handler(ABC):
     @abstractmethod
     def quantize(
         self, context: Context, layer: Layer, weight: Tensor, entry: LayerPlan, stats: LayerStats | None
-    ) -> WqWeight | QuikWeight:
+    ) -> WqWeight | QuikWeight | BitmaskTensor:
         """Compress ``weight`` (fp32 ``[N, K]``) as ``entry`` says; ``stats`` is there if ``statistics`` asked."""
 
-    def module(self, weight: WqWeight | QuikWeight, bias: Tensor | None, entry: LayerPlan) -> WqLinear | QuikLinear:
+    def module(
+        self, weight: WqWeight | QuikWeight | BitmaskTensor, bias: Tensor | None, entry: LayerPlan
+    ) -> WqLinear | QuikLinear | BitmaskLinear:
         """What takes the layer's place while later layers are calibrated."""
         return WqLinear.from_weight(weight, bias, entry.compute)
 
-    def finish(self, module: WqLinear | QuikLinear, entry: LayerPlan) -> None:  # noqa: B027  (optional)
+    def finish(  # noqa: B027  (optional)
+        self, module: WqLinear | QuikLinear | BitmaskLinear, entry: LayerPlan
+    ) -> None:
         """Turn on, once all layers are compressed, what calibration was not to see, such as rounded activations."""
 
 

@@ -23,15 +23,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..compress.embedding import EmbeddingPair, install_embedding, untie
 from ..compress.fuse import fuse_shared_inputs
 from ..compress.layers import replace_module
-from ..nn import DyadLinear, DyadLowRank, DyadWqLinear, QuikLinear, WqLinear
+from ..nn import BitmaskLinear, DyadLinear, DyadLowRank, DyadWqLinear, QuikLinear, WqLinear
 from .checkpoint import check_file, find_weights, read_header
 from .record import PROVENANCE, QUANT_METHOD, VERSION, check_record, describe
-from .stored import StoredQuikWeight, StoredWeight
+from .stored import StoredBitmaskWeight, StoredQuikWeight, StoredWeight
 from .stored_sparse import StoredSparse, finish_sparse, place_sparse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..formats.bitmask import BitmaskTensor
     from ..formats.quik import QuikWeight
     from ..formats.wq import WqWeight
 
@@ -73,6 +74,9 @@ class EffkQuantizer(HfQuantizer):
         for name, fields in record.get("quik", {}).items():
             _check_target(model, name, fields, transposed_ok=True)
             replace_module(model, name, StoredQuikWeight(fields, fields["n"] if fields["bias"] else None))
+        for name, fields in record.get("bitmask", {}).items():
+            _check_target(model, name, fields, transposed_ok=True)
+            replace_module(model, name, StoredBitmaskWeight(fields, fields["n"] if fields["bias"] else None))
         for name, fields in record.get("dyad", {}).items():
             _check_target(model, name, {"n": fields["out_features"], "k": fields["in_features"]}, transposed_ok=True)
             replace_module(model, name, _empty_dyad(fields, model.get_submodule(name).weight))
@@ -105,6 +109,11 @@ class EffkQuantizer(HfQuantizer):
             stored = model.get_submodule(name)
             module = QuikLinear.from_weight(_weight(name, stored), stored.bias, fields["bits_a"], fields["quantizer"])
             replace_module(model, name, module)
+        for name, fields in record.get("bitmask", {}).items():
+            stored = model.get_submodule(name)
+            replace_module(
+                model, name, BitmaskLinear.from_weight(_weight(name, stored), stored.bias, fields["compute"])
+            )
         for name, fields in record.get("dyad", {}).items():
             if fields["weight"] is not None:
                 inner = f"{name}.dyad" if fields["rank"] else name
@@ -143,7 +152,15 @@ class EffkQuantizer(HfQuantizer):
 def adopt(model: PreTrainedModel) -> None:
     """Make a model that was compressed in memory known as ours, so that its ``save_pretrained`` writes what loads."""
     empty = {"version": VERSION, "fuse": False, "recipe": None, "layers": {}, "embedding": None}
-    empty |= {"dyad": {}, "quik": {}, "relu_ffn": {}, "input_sparse": {}, "relu_norms": [], "weights": None}
+    empty |= {
+        "dyad": {},
+        "quik": {},
+        "bitmask": {},
+        "relu_ffn": {},
+        "input_sparse": {},
+        "relu_norms": [],
+        "weights": None,
+    }
     model.hf_quantizer = EffkQuantizer(EffkConfig(**empty))  # the record is made when the model is saved
     model.quantization_method = QUANT_METHOD
 
@@ -231,7 +248,7 @@ def _renamed(model: nn.Module, name: str) -> str:
     return name
 
 
-def _weight(name: str, stored: StoredWeight) -> WqWeight | QuikWeight:
+def _weight(name: str, stored: StoredWeight) -> WqWeight | QuikWeight | BitmaskTensor:
     try:
         return stored.to_weight()
     except ValueError as error:

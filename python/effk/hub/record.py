@@ -29,9 +29,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..formats import bitmask as bitmask_format
 from ..formats import quik as quik_format
 from ..formats.wq import state_shapes
-from ..nn import DyadLinear, DyadLowRank, DyadWqLinear, QuikLinear, WqEmbedding, WqLinear, WqTiedHead
+from ..nn import BitmaskLinear, DyadLinear, DyadLowRank, DyadWqLinear, QuikLinear, WqEmbedding, WqLinear, WqTiedHead
 from ..nn.quik_linear import ACTIVATION_BITS, QUANTIZERS
 from .sparse_record import check_sparse, describe_sparse
 
@@ -55,6 +56,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     embedding: dict[str, Any] | None = None
     dyad: dict[str, dict[str, Any]] = {}
     quik: dict[str, dict[str, Any]] = {}
+    bitmask: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     heads = {id(m._embedding): (name, m) for name, m in model.named_modules() if isinstance(m, WqTiedHead)}
     skip: set[str] = set()
@@ -67,6 +69,11 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if isinstance(module, DyadWqLinear):
             tensors |= {f"{name}.{key}": tensor for key, tensor in module.to_weight().to_state().items()}
             skip |= {f"{name}.{key}" for key in module._buffers if key != "bias"}
+        if isinstance(module, BitmaskLinear):
+            weight = module.to_weight()
+            tensors |= {f"{name}.{key}": tensor for key, tensor in weight.to_state().items()}
+            skip |= {f"{name}.{key}" for key in module._buffers if key != "bias"}
+            bitmask[name] = weight.geometry() | {"compute": module.compute, "bias": module.bias is not None}
         if isinstance(module, QuikLinear):
             weight = module.to_weight()
             tensors |= {f"{name}.{key}": tensor for key, tensor in weight.to_state().items()}
@@ -91,7 +98,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     sparse, sparse_tensors, hidden = describe_sparse(model)
     tensors |= sparse_tensors
     skip |= hidden
-    if not layers and embedding is None and not dyad and not quik and not any(sparse.values()):
+    if not layers and embedding is None and not dyad and not quik and not bitmask and not any(sparse.values()):
         raise ValueError("save: model: expected a model with compressed layers, got none")
     for name, tensor in (*model.named_parameters(), *_persistent_buffers(model)):
         if name not in skip:
@@ -105,6 +112,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "embedding": embedding,
         "dyad": dyad,
         "quik": quik,
+        "bitmask": bitmask,
         **sparse,
         "weights": None,
     }
@@ -140,6 +148,10 @@ def check_record(record: Mapping[str, Any]) -> None:
     _expect("quik", type(quik).__name__, isinstance(quik, dict), "an object")
     for name, fields in quik.items():
         _check_quik(name, fields)
+    bitmask = record.get("bitmask", {})
+    _expect("bitmask", type(bitmask).__name__, isinstance(bitmask, dict), "an object")
+    for name, fields in bitmask.items():
+        _check_bitmask(name, fields)
     check_sparse(record, _expect)
     weights = record.get("weights")
     if weights is not None:
@@ -208,6 +220,19 @@ def _check_quik(name: str, fields: Any) -> None:
     wide_enough = type(bits_a) is int and bits_a in ACTIVATION_BITS and bits_a >= fields["bits"]
     _expect(f"{name}.bits_a", bits_a, wide_enough, f"at least {fields['bits']}, of {ACTIVATION_BITS}")
     _expect(f"{name}.quantizer", quantizer, quantizer in QUANTIZERS, f"one of {QUANTIZERS}")
+    _expect(f"{name}.bias", fields["bias"], type(fields["bias"]) is bool, "a boolean")
+
+
+def _check_bitmask(name: str, fields: Any) -> None:
+    legal = isinstance(fields, dict) and set(fields) >= _MODULE_FIELDS
+    _expect(name, type(fields).__name__, legal, f"an object with {sorted(_MODULE_FIELDS)}")
+    try:
+        bitmask_format.state_shapes(geometry_of(fields))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"load: quantization_config: {name}: {error}") from None
+    compute = fields["compute"]
+    ok = compute == "float" or (compute == "int8" and fields["bits"] == 8)
+    _expect(f"{name}.compute", compute, ok, "'float', or 'int8' with 8 bits")
     _expect(f"{name}.bias", fields["bias"], type(fields["bias"]) is bool, "a boolean")
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats import quik, wq
+from ..formats import bitmask, quik, wq
+from ..formats.bitmask import BitmaskTensor
 from ..formats.quik import QuikWeight
 from ..formats.wq import WqWeight
 from .record import geometry_of, quik_geometry
@@ -33,7 +34,7 @@ class StoredWeight(nn.Module):
             self.register_buffer(name, torch.empty(shape, dtype=dtype))
         self.register_buffer("bias", None if bias is None else torch.empty(bias))
 
-    def to_weight(self) -> WqWeight | QuikWeight:
+    def to_weight(self) -> WqWeight | QuikWeight | BitmaskTensor:
         """The weight; raises ValueError if what was loaded is not legal."""
         state: dict[str, Tensor] = {name: self._buffers[name] for name in self.geometry_tensors}
         return self.weight_type.from_state(state, self.geometry)
@@ -43,3 +44,9 @@ class StoredQuikWeight(StoredWeight):
     """The same of a QUIK layer."""
 
     weight_type, shapes_of, geometry_of = QuikWeight, staticmethod(quik.state_shapes), staticmethod(quik_geometry)
+
+
+class StoredBitmaskWeight(StoredWeight):
+    """The same of a sparse layer."""
+
+    weight_type, shapes_of, geometry_of = BitmaskTensor, staticmethod(bitmask.state_shapes), staticmethod(geometry_of)

@@ -3,6 +3,7 @@
 :class:`FFTConvDecoder` is the exception: the state of one decoding, no part of a model.
 """
 
+from .bitmask_linear import BitmaskLinear
 from .depthwise_conv1d import DepthwiseConv1d
 from .dyad_linear import DyadLinear, DyadMLP, DyadWqLinear, dyad_state_dict_from_released
 from .dyad_lowrank import DyadLowRank
@@ -22,6 +23,7 @@ from .wq_linear import WqLinear, WqMultiLinear
 __all__ = [
     "ActiveSetReuse",
     "BandLimitedFilter",
+    "BitmaskLinear",
     "DepthwiseConv1d",
     "DyadLinear",
     "DyadLowRank",

@@ -18,6 +18,9 @@ in order; the error of each is spread over the columns still to come, which is o
   ``w^2 / U_jj^2`` go when their unit is reached, and the errors of leaving out and of rounding spread together (Frantar,
   Alistarh, "SparseGPT", 2023). "2:4" keeps 2 columns of 4; "pair4:8" 2 aligned pairs of the 4 in 8 columns, what 4-bit
   sparse tensor cores read. Units stay together in the order of visiting and are those of the columns without ``last``.
+* A ``sparsity`` is chosen in the same way a block of 128 columns at a time, over all rows together: the least
+  ``int(share * block)`` go, so that every block has the share and rows differ (SparseGPT, section 3.3). Without a
+  ``grid`` nothing is rounded and the errors are those of leaving out alone.
 """
 
 from __future__ import annotations
@@ -99,37 +102,42 @@ def factorize(
 def gptq(
     weight: Tensor,
     factor: Factor,
-    grid: Grid,
+    grid: Grid | None,
     bits: int,
     group_size: int,
     *,
     mask: Tensor | None = None,
     pattern: str | None = None,
+    sparsity: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 ``[N, K]`` on ``grid`` and the weight fp32 ``[N, K]`` as each column was when visited.
 
     The second result holds the outliers' compensated values, of single ones under ``mask`` (bool ``[N, K]``) and of
     the factor's outlier columns; both get the code of zero, as do the weights that ``pattern`` leaves out. ``weight``
-    is fp32 ``[N, K]``.
+    is fp32 ``[N, K]``. Weights left out for ``sparsity`` or ``pattern`` are zero in the second result too. ``grid``
+    None: codes are all those of zero.
 
     Raises:
         ValueError: shapes do not fit each other, or the factor was not made for ``pattern``.
     """
     n, k = weight.shape
     width = group_size or k
-    if factor.order.numel() != k or tuple(grid.scales.shape) != (n, -(-k // width)):
+    scales = [n, -(-k // width)] if grid is None else list(grid.scales.shape)
+    if factor.order.numel() != k or scales != [n, -(-k // width)]:
         raise ValueError(
             f"gptq: expected a Hessian of {k} columns and scales {[n, -(-k // width)]}, got {factor.order.numel()} and "
-            f"{list(grid.scales.shape)}"
+            f"{scales}"
         )
+    if not 0 <= sparsity < 1 or (sparsity and pattern is not None):
+        raise ValueError(f"gptq: sparsity: expected 0 with a pattern, else a share below 1, got {sparsity}")
     unit, together = PATTERNS[pattern] if pattern is not None else (1, 1)
     if factor.unit != unit:
         raise ValueError(f"gptq: pattern: expected a factor for units of {unit} columns, got one for {factor.unit}")
     # Everything is held transposed, [columns, rows]: a step then touches contiguous memory.
     order, top = factor.order, 2.0**bits - 1
     w = weight.float().t()[order].contiguous()
-    step = grid.scales.float().t().contiguous()
-    zero = None if grid.zeros is None else grid.zeros.float().t().contiguous()
+    step = None if grid is None else grid.scales.float().t().contiguous()
+    zero = None if grid is None or grid.zeros is None else grid.zeros.float().t().contiguous()
     middle = torch.full((n,), 2.0 ** (bits - 1))
     kept = None if mask is None else mask.t()[order].contiguous()
     codes = torch.full((k, n), 2 ** (bits - 1), dtype=torch.uint8)
@@ -140,6 +148,7 @@ def gptq(
         stop = min(rounded_columns, start + _BLOCK)
         upper = factor.upper[start:stop, start:stop]
         errors = torch.zeros((stop - start, n))
+        dropped = _least(w[start:stop] / upper.diagonal()[:, None], sparsity) if sparsity else None
         for j in range(stop - start):
             if pattern is not None and j % unit == 0:
                 ahead = w[start + j : start + j + unit] - upper[:j, j : j + unit].t() @ errors[:j]
@@ -147,18 +156,24 @@ def gptq(
             column = w[start + j]
             if j:
                 column.sub_(upper[:j, j] @ errors[:j])
-            s = step[group_of[start + j]]
             z = middle if zero is None else zero[group_of[start + j]]
-            code = torch.round(column / s).add_(z).clamp_(0, top)
-            rounded = (code - z).mul_(s)
+            if step is None:
+                code, rounded = z, column.clone()
+            else:
+                s = step[group_of[start + j]]
+                code = torch.round(column / s).add_(z).clamp_(0, top)
+                rounded = (code - z).mul_(s)
             if kept is not None:
                 code = torch.where(kept[start + j], z, code)
                 rounded = torch.where(kept[start + j], column.half().float(), rounded)
-            if pattern is not None:
-                code = torch.where(gone[j % unit], z, code)
-                rounded = rounded.masked_fill_(gone[j % unit], 0.0)
+            out = dropped[j] if dropped is not None else gone[j % unit] if pattern is not None else None
+            if out is not None:
+                code = torch.where(out, z, code)
+                rounded = rounded.masked_fill_(out, 0.0)
             codes[start + j] = code
             torch.sub(column, rounded, out=errors[j]).div_(upper[j, j])
+            if out is not None:
+                column.masked_fill_(out, 0.0)
         if stop < k:
             w[stop:].addmm_(factor.upper[start:stop, stop:].t(), errors, alpha=-1)
     back = torch.empty_like(order)
@@ -194,6 +209,12 @@ def _left_out(saliency: Tensor, together: int) -> Tensor:
     least = score.argsort(dim=0, stable=True)[: len(score) // 2]
     gone = torch.zeros(score.shape, dtype=torch.bool).scatter_(0, least, True)
     return gone.repeat_interleave(together, 0)
+
+
+def _least(saliency: Tensor, share: float) -> Tensor:
+    """Where ``saliency`` is among the ``int(share * numel)`` smallest magnitudes; of equals the first."""
+    least = saliency.abs().flatten().argsort(stable=True)[: int(share * saliency.numel())]
+    return torch.zeros(saliency.numel(), dtype=torch.bool).scatter_(0, least, True).view(saliency.shape)
 
 
 def _inverse_factor(hessian: Tensor, ridge: float) -> Tensor | None:
