@@ -1,7 +1,7 @@
 """`python -m bench.sparse_quality`: perplexity of SmolLM2-135M pruned one-shot in several ways, a row at a time.
 
-Short windows, so that a run takes minutes: what counts is the order of the methods, not the last digit. The compressed modules
-are measured, float activations unless a row says int8. Every row is written at once; a run that was cut off goes on behind the last.
+Short windows, so that a run takes minutes: what counts is the order of the methods, not the last digit. The compressed
+modules are measured, float activations unless a row says int8. Every row is written at once; a run that was cut off goes on.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
 import effk

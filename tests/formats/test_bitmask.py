@@ -77,7 +77,7 @@ def test_module() -> None:
         half = pickle.loads(pickle.dumps(module)).to(torch.bfloat16)
         assert half.values.dtype == module.values.dtype and half.bias.dtype == torch.bfloat16
         assert half(x.bfloat16()).dtype == torch.bfloat16
-        other = BitmaskLinear.from_linear(nn.Linear(130, 24), values) if values == "fp32" else BitmaskLinear(24, 130)
+        other = BitmaskLinear.from_linear(linear, values)
         if other.values is not None:
             other.load_state_dict(module.state_dict())
             assert torch.equal(other(x), module(x))

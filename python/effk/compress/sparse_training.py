@@ -34,8 +34,8 @@ def squarehead_loss(
     """``sum_l mean((s_l - t_l)^2) / (mean(t_l^2) + eps)`` over the states ``[batch, length, hidden]`` of all layers.
 
     The first state, the embeddings, does not count; means are over tokens whose ``attention_mask`` ``[batch, length]``
-    is 1, in fp32 (fp64 states: in fp64). The teacher gets no gradient. Normalising layer by layer keeps the deep ones, whose states are large,
-    from drowning the others.
+    is 1, in fp32 (fp64 states: in fp64). The teacher gets no gradient. Normalising layer by layer keeps the deep ones,
+    whose states are large, from drowning the others.
 
     Raises:
         ValueError: not as many states on both sides, or of different shapes; no valid token.
