@@ -14,6 +14,7 @@
 #include "isa/isa.h"
 #include "ops/attention/kernels.h"
 #include "ops/bitmask_linear/kernels.h"
+#include "ops/decoder/kernels.h"
 #include "ops/depthwise_conv1d/kernels.h"
 #include "ops/fftconv/kernels.h"
 #include "ops/fftconv/plan.h"
@@ -77,6 +78,8 @@ py::list kernel_table() {
     rows.append(kernel_row("quik_linear", quik::kKernels[i]->name, quik::kKernels[i]->tier, "fp32", false));
   for (int i = 0; i < relu_ffn::kKernelCount; ++i)
     rows.append(kernel_row("relu_ffn", relu_ffn::kKernels[i]->name, relu_ffn::kKernels[i]->tier, "fp32", false));
+  for (int i = 0; i < decoder::kKernelCount; ++i)
+    rows.append(kernel_row("decoder", decoder::kKernels[i]->name, decoder::kKernels[i]->tier, "fp32", false));
   for (int i = 0; i < attention::kKernelCount; ++i)
     rows.append(kernel_row("attention", attention::kKernels[i]->name, attention::kKernels[i]->tier, "fp32", false));
   for (int i = 0; i < bitmask::kKernelCount; ++i)

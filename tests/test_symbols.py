@@ -48,7 +48,7 @@ def test_symbols_live_in_the_namespace_of_the_tier(tier: str) -> None:
         for line in output("nm", "-C", "--defined-only", "--extern-only", path).splitlines():
             name = line.split(maxsplit=2)[2]
             assert re.fullmatch(
-                r"effk::(wq|fft|depthwise|gemm|gemm8|quik|relu_ffn|attention|bitmask)::kAvx\w+", name
+                r"effk::(wq|fft|depthwise|gemm|gemm8|quik|relu_ffn|attention|bitmask|decoder)::kAvx\w+", name
             ), f"{path.name}: {name}"
 
 
@@ -125,7 +125,7 @@ def test_exports_are_few() -> None:
                                           "environment_error")}  # fmt: skip
     linked |= {
         f"effk::{family}::kKernel{what}"
-        for family in ("wq", "fft", "depthwise", "gemm", "gemm8", "quik", "relu_ffn", "attention", "bitmask")
+        for family in ("wq", "fft", "depthwise", "gemm", "gemm8", "quik", "relu_ffn", "attention", "bitmask", "decoder")
         for what in ("s", "Count")
     }
     linked |= {"effk::fft::describe[abi:cxx11]", "effk::fftconv_spec_floats"}

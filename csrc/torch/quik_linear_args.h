@@ -10,7 +10,7 @@
 
 namespace effk::binding {
 
-inline QuikMode parse_mode(const char* op, const std::string& mode) {
+inline QuikMode parse_quik_mode(const char* op, const std::string& mode) {
   if (mode == "kernel") return QuikMode::kernel;
   EFFK_CHECK(mode == "sim", op, ": mode: expected 'kernel' or 'sim', got '", mode, "'");
   return QuikMode::sim;

@@ -89,6 +89,25 @@ const OpSchema kSchemas[] = {
      "(Tensor x, Tensor values, Tensor masks, Tensor ptr, Tensor? scale, Tensor? row_sum, Tensor? bias, int n, int k, str compute)"
      " -> Tensor"},
     {"bitmask_validate", "(Tensor values, Tensor masks, Tensor ptr, int n, int k) -> Tensor"},
+    {"decoder_create",
+     "(Tensor embedding, Tensor? scales, Tensor? positions, int vocab, int width, int layers, int heads, int kv_heads, int head_dim,"
+     " int inner, str act, bool gated, float scale, int window, Tensor? cosine, Tensor? sine, str dtype, int group_size) -> Tensor"},
+    {"decoder_norm",
+     "(Tensor(a!) decoder, int layer, str place, Tensor weight, Tensor? bias, float eps, bool centred) -> ()"},
+    {"decoder_dense", "(Tensor(a!) decoder, int layer, str place, Tensor packed, int f_out, Tensor? bias) -> ()"},
+    {"decoder_wq",
+     "(Tensor(a!) decoder, int layer, str place, " WQ_WEIGHT ", Tensor? bias, int n, int k, int bits, int group_size, str compute)"
+     " -> ()"},
+    {"decoder_quik",
+     "(Tensor(a!) decoder, int layer, str place, Tensor packed, Tensor w_scale, Tensor w_reduced, Tensor? w_out, Tensor? bias,"
+     " Tensor? int_idx, Tensor? fp_idx, int f_out, int n_base, int bits_w, int bits_a, str mode) -> ()"},
+    {"decoder_relu_ffn",
+     "(Tensor(a!) decoder, int layer, Tensor? wg, Tensor wu, Tensor wd, Tensor? sg, Tensor? su, Tensor? sd, Tensor? bg, Tensor? bu,"
+     " Tensor? bd, str rows, str gate, Tensor? param, Tensor? mask, int mask_group, str mode) -> ()"},
+    {"decoder_finish", "(Tensor(a!) decoder) -> ()"},
+    {"decoder_step",
+     "(Tensor decoder, Tensor tokens, Tensor runs, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scale, Tensor(d!)? v_scale,"
+     " str which, Tensor(e!) logits) -> ()"},
     {"input_sparse_linear",
      "(Tensor x, Tensor w, Tensor? scales, Tensor? bias, Tensor? threshold, str rows, int f_out) -> (Tensor y, Tensor nnz)"},
     {"attention",

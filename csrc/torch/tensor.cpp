@@ -145,8 +145,16 @@ class ResultPool {
   size_t kept_ = 0, limit_ = size_t(64) << 20;
 };
 
-// A contiguous tensor over memory that `release` takes back.
-Tensor over(void* data, const int64_t* sizes, int64_t dim, int32_t dtype, void (*release)(void* data, void* context)) {
+size_t bytes_of(const int64_t* sizes, int64_t dim, int32_t dtype) {
+  const Dtypes& d = dtypes();
+  size_t bytes = dtype == d.f32 || dtype == d.i32 ? 4 : dtype == d.u8 || dtype == d.i8 ? 1 : 2;
+  for (int64_t i = 0; i < dim; ++i) bytes *= size_t(sizes[i]);
+  return bytes;
+}
+
+}  // namespace
+
+Tensor adopt(void* data, const int64_t* sizes, int64_t dim, int32_t dtype, void (*release)(void* data, void* context)) {
   constexpr int64_t kMaxDim = 64;  // torch's own limit
   int64_t strides[kMaxDim], step = 1;
   for (int64_t i = dim; i-- > 0;) {
@@ -158,19 +166,11 @@ Tensor over(void* data, const int64_t* sizes, int64_t dim, int32_t dtype, void (
                                          aoti_torch_layout_strided(), nullptr, 0, release, nullptr));
   return Tensor(handle);
 }
-size_t bytes_of(const int64_t* sizes, int64_t dim, int32_t dtype) {
-  const Dtypes& d = dtypes();
-  size_t bytes = dtype == d.f32 || dtype == d.i32 ? 4 : dtype == d.u8 || dtype == d.i8 ? 1 : 2;
-  for (int64_t i = 0; i < dim; ++i) bytes *= size_t(sizes[i]);
-  return bytes;
-}
-
-}  // namespace
 
 Tensor result(const int64_t* sizes, int64_t dim, int32_t dtype) {
   const size_t bytes = bytes_of(sizes, dim, dtype);
   if (bytes < ResultPool::kSmallest) return empty(sizes, dim, dtype);
-  return over(ResultPool::instance().take(bytes), sizes, dim, dtype, [](void* p, void*) { ResultPool::instance().give(p); });
+  return adopt(ResultPool::instance().take(bytes), sizes, dim, dtype, [](void* p, void*) { ResultPool::instance().give(p); });
 }
 
 Tensor weights(const int64_t* sizes, int64_t dim, int32_t dtype) {
@@ -179,7 +179,7 @@ Tensor weights(const int64_t* sizes, int64_t dim, int32_t dtype) {
   void* data = std::aligned_alloc(page, (bytes + page - 1) / page * page);
   if (!data) throw std::bad_alloc();
   ask_for_large_pages(data, bytes / page * page);  // what is left over stays in small ones, or up to 2 MB would be wasted
-  return over(data, sizes, dim, dtype, [](void* p, void*) { std::free(p); });
+  return adopt(data, sizes, dim, dtype, [](void* p, void*) { std::free(p); });
 }
 
 void* scratch(size_t bytes) {

@@ -94,6 +94,9 @@ inline Tensor result(std::initializer_list<int64_t> sizes, int32_t dtype) { retu
 Tensor weights(const int64_t* sizes, int64_t dim, int32_t dtype);
 inline Tensor weights(std::initializer_list<int64_t> sizes, int32_t dtype) { return weights(sizes.begin(), int64_t(sizes.size()), dtype); }
 
+// A contiguous tensor over memory that `release` takes back.
+Tensor adopt(void* data, const int64_t* sizes, int64_t dim, int32_t dtype, void (*release)(void* data, void* context));
+
 // 64-byte aligned scratch of at least `bytes`, valid until this thread's next call. Grows and is kept, so that a call in
 // a decoding loop allocates nothing; what is larger than a decoding step needs goes back to the pool of results at the
 // next small call.

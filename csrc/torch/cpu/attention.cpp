@@ -1,5 +1,5 @@
 // CPU binding of attention: checks the arguments, allocates, and calls ops/attention.
-#include "ops/attention/attention.h"
+#include "torch/attention_args.h"
 
 #include <algorithm>
 #include <vector>
@@ -11,52 +11,6 @@ namespace effk::binding {
 namespace {
 
 constexpr const char* kOp = "attention";
-
-// The cache in four tensors, all on the CPU and contiguous; see attention_cache in python/effk/ops/attention.py.
-attention::Cache make_cache(const View& k, const View& v, const std::optional<View>& k_scale, const std::optional<View>& v_scale) {
-  using kv::Type;
-  attention::Cache c{};
-  const Dtypes& d = dtypes();
-  const Arg arg{kOp, "v_cache"};
-  const bool known = v.dtype == d.f32 || v.dtype == d.f16 || v.dtype == d.i8;
-  if (!known || v.dim != 4 || v.sizes[2] % kv::kTile || v.sizes[1] < 1 || !kv::valid_head_dim(v.sizes[3]))
-    arg.fail("float16, int8 or float32 [slots, kv heads, positions, D], whole tiles of 16 positions, D a multiple of 16 up to 256", v.text());
-  c.type = v.dtype == d.f32 ? Type::f32 : v.dtype == d.f16 ? Type::f16 : Type::i8;
-  c.slots = v.sizes[0], c.kv_heads = v.sizes[1], c.capacity = v.sizes[2], c.head_dim = v.sizes[3];
-  expect(arg, v, {v.dtype}, {c.slots, c.kv_heads, c.capacity, c.head_dim});
-  const int64_t tiles = c.capacity / kv::kTile;
-  if (c.type == Type::i8) expect(Arg{kOp, "k_cache"}, k, {d.u8}, {c.slots, c.kv_heads, tiles, c.head_dim / 4, kv::kTile, 4});
-  else expect(Arg{kOp, "k_cache"}, k, {v.dtype}, {c.slots, c.kv_heads, tiles, c.head_dim, kv::kTile});
-  const std::pair<const char*, const std::optional<View>*> scales[] = {{"k_scale", &k_scale}, {"v_scale", &v_scale}};
-  for (const auto& [name, scale] : scales) {
-    EFFK_CHECK(bool(*scale) == (c.type == Type::i8), kOp, ": ", name, ": expected ", *scale ? "none for a cache of floats, got one" : "scales for an int8 cache, got none");
-    if (*scale) expect(Arg{kOp, name}, **scale, {d.f32}, {c.slots, c.kv_heads, c.capacity});
-  }
-  return c;
-}
-
-std::vector<attention::Run> make_runs(const View& t, const attention::Cache& c, int64_t rows) {
-  const Arg arg{kOp, "runs"};
-  if (t.dim != 2) arg.fail("int32 [runs, 3]: slot, start, count", t.text());
-  expect(arg, t, {dtypes().i32}, {t.sizes[0], 3});
-  std::vector<attention::Run> runs;
-  std::vector<bool> taken(size_t(c.slots), false);
-  int64_t row = 0;
-  for (int64_t i = 0; i < t.sizes[0]; ++i) {
-    const int32_t* at = t.data<int32_t>() + 3 * i;
-    const int64_t slot = at[0], start = at[1], count = at[2];
-    EFFK_CHECK(slot >= 0 && slot < c.slots, kOp, ": runs[", i, "]: expected a slot from 0 to ", c.slots - 1, ", got ", slot);
-    EFFK_CHECK(!taken[size_t(slot)], kOp, ": runs[", i, "]: expected a slot of its own, got ", slot, " again");
-    EFFK_CHECK(count >= 1, kOp, ": runs[", i, "]: expected at least one token, got ", count);
-    EFFK_CHECK(start >= 0 && start + count <= c.capacity, kOp, ": runs[", i, "]: expected positions within the capacity of ", c.capacity, ", got ",
-               start, " to ", start + count - 1);
-    taken[size_t(slot)] = true;
-    runs.push_back({row, count, slot, start});
-    row += count;
-  }
-  EFFK_CHECK(row == rows, kOp, ": runs: expected the ", rows, " rows of q, got ", row);
-  return runs;
-}
 
 void to_floats(const View& t, DType dtype, float* to) {
   const int64_t n = t.numel();
@@ -71,7 +25,7 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_cache
   if (k_scale) k_scales.emplace(*k_scale);
   if (v_scale) v_scales.emplace(*v_scale);
   attention::Args a{};
-  a.cache = make_cache(keys, values, k_scales, v_scales);
+  a.cache = make_cache(kOp, keys, values, k_scales, v_scales, 0);
   const int64_t d = a.cache.head_dim, kv_heads = a.cache.kv_heads;
   const DType dtype = float_dtype_of(Arg{kOp, "q"}, query);
   if (query.dim != 3 || query.sizes[2] != d || query.sizes[1] < 1 || query.sizes[1] % kv_heads)
@@ -82,7 +36,7 @@ Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, Tensor k_cache
   expect(Arg{kOp, "k"}, key, {query.dtype}, {tokens, kv_heads, d});
   expect(Arg{kOp, "v"}, value, {query.dtype}, {tokens, kv_heads, d});
   const View run_view(runs);
-  const std::vector<attention::Run> list = make_runs(run_view, a.cache, tokens);
+  const std::vector<attention::Run> list = make_runs(kOp, run_view, a.cache, tokens);
   a.runs = list.data(), a.n_runs = int64_t(list.size());
   EFFK_CHECK(bool(cosine) == bool(sine), kOp, ": sine: expected one with cosine and none without, got the other");
   if (cosine) {

@@ -30,7 +30,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize(const Tensor& x, const Optio
                                                     int64_t bits, const std::string& mode) {
   constexpr const char* op = "quik_quantize";
   quik::Quantise q{};
-  q.mode = parse_mode(op, mode);
+  q.mode = parse_quik_mode(op, mode);
   q.bits = check_bits(op, "bits", bits);
   const OnDevice device(Arg{op, "x"}, x);
   const Input in = make_input(Arg{op, "x"}, x, last_side(op, x), device.home);
@@ -242,7 +242,7 @@ Tensor linear(const Tensor& x, const Tensor& packed, const Tensor& w_scale, cons
               const OptionalTensor& bias, const OptionalTensor& int_idx, const OptionalTensor& fp_idx, int64_t f_out, int64_t n_base, int64_t bits_w,
               int64_t bits_a, const std::string& mode) {
   constexpr const char* op = "quik_linear";
-  const QuikMode how = parse_mode(op, mode);
+  const QuikMode how = parse_quik_mode(op, mode);
   const int32_t bits = check_bits(op, "bits_a", bits_a, true);
   const OnDevice device(Arg{op, "x"}, x);
   const Input in = make_input(Arg{op, "x"}, x, last_side(op, x), device.home);
@@ -257,7 +257,7 @@ std::vector<Tensor> multi_linear(const Tensor& x, std::vector<Tensor> packed, st
                                  OptionalTensors w_out, OptionalTensors bias, const OptionalTensor& int_idx, const OptionalTensor& fp_idx,
                                  std::vector<int64_t> f_out, int64_t n_base, std::vector<int64_t> bits_w, int64_t bits_a, const std::string& mode) {
   constexpr const char* op = "quik_multi_linear";
-  const QuikMode how = parse_mode(op, mode);
+  const QuikMode how = parse_quik_mode(op, mode);
   const int32_t bits = check_bits(op, "bits_a", bits_a, true);
   const size_t count = packed.size();
   check_lengths(op, count, {{"w_scale", w_scale.size()}, {"w_reduced", w_reduced.size()}, {"w_out", w_out.size()},

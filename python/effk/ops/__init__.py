@@ -6,6 +6,7 @@ The operations themselves are ``torch.ops.effk.<op>``; importing :mod:`effk` has
 from . import (
     attention,
     bitmask_linear,
+    decoder,
     dense_linear,
     depthwise_conv1d,
     dyad_linear,
@@ -19,6 +20,6 @@ from . import (
 )
 
 __all__ = [
-    "attention", "bitmask_linear", "dense_linear", "depthwise_conv1d", "dyad_linear", "fftconv", "monarch", "quik_linear",
-    "relu_ffn", "sp24", "wq_grouped_linear", "wq_linear",
+    "attention", "bitmask_linear", "decoder", "dense_linear", "depthwise_conv1d", "dyad_linear", "fftconv", "monarch",
+    "quik_linear", "relu_ffn", "sp24", "wq_grouped_linear", "wq_linear",
 ]  # fmt: skip

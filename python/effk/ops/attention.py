@@ -44,12 +44,14 @@ DTYPES = {"fp16": torch.float16, "int8": torch.int8, "fp32": torch.float32}
 Cache = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 
-def cache(slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: str = "fp16") -> Cache:
+def cache(
+    slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: str = "fp16", layers: int | None = None
+) -> Cache:
     """(k_cache, v_cache, k_scale, v_scale) for ``slots`` sequences of up to ``capacity`` tokens; layout: csrc/formats/kv.h.
 
     k (slots, kv_heads, P / 16, D, 16), of int8 uint8 (slots, kv_heads, P / 16, D / 4, 16, 4); v (slots, kv_heads, P, D);
-    scales of int8 fp32 (slots, kv_heads, P), else None. P is the capacity in whole tiles of 16. ValueError for an impossible
-    size or dtype.
+    scales of int8 fp32 (slots, kv_heads, P), else None. P is the capacity in whole tiles of 16. With ``layers``, a dimension of
+    that many stands before the others, for a decoder. ValueError for an impossible size or dtype.
     """
     if dtype not in TYPES:
         raise ValueError(f"attention.cache: dtype: expected one of {', '.join(TYPES)}, got {dtype!r}")
@@ -60,15 +62,15 @@ def cache(slots: int, kv_heads: int, capacity: int, head_dim: int, dtype: str = 
         raise ValueError(
             f"attention.cache: head_dim: expected a multiple of 16 up to {_C.kv_max_head_dim}, got {head_dim}"
         )
-    tile = _C.kv_tile
+    tile, lead = _C.kv_tile, () if layers is None else (layers,)
     tiles = -(-capacity // tile)
     if dtype == "int8":
-        k = torch.empty(slots, kv_heads, tiles, head_dim // 4, tile, 4, dtype=torch.uint8)
-        scales = [torch.empty(slots, kv_heads, tiles * tile) for _ in range(2)]
+        k = torch.empty(*lead, slots, kv_heads, tiles, head_dim // 4, tile, 4, dtype=torch.uint8)
+        scales = [torch.empty(*lead, slots, kv_heads, tiles * tile) for _ in range(2)]
     else:
-        k = torch.empty(slots, kv_heads, tiles, head_dim, tile, dtype=DTYPES[dtype])
+        k = torch.empty(*lead, slots, kv_heads, tiles, head_dim, tile, dtype=DTYPES[dtype])
         scales = [None, None]
-    return k, torch.empty(slots, kv_heads, tiles * tile, head_dim, dtype=DTYPES[dtype]), scales[0], scales[1]
+    return k, torch.empty(*lead, slots, kv_heads, tiles * tile, head_dim, dtype=DTYPES[dtype]), scales[0], scales[1]
 
 
 def cached(parts: Cache, slot: int, length: int) -> tuple[Tensor, Tensor]:

@@ -43,10 +43,10 @@ class Runtime:
     @property
     def decoder(self) -> Any:
         """The model's decoder, new if a weight was replaced or written to since it was made."""
-        weights = tuple(_states(self.model))
-        if weights != self._made_for:
+        if tuple(_states(self.model)) != self._made_for:
             self._decoder = None  # the memory of one suffices
-            self._decoder, self._made_for = decoder_for(self.model), weights
+            self._decoder = decoder_for(self.model)
+            self._made_for = tuple(_states(self.model))  # now: a decoder moves weights
         return self._decoder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
