@@ -280,6 +280,24 @@ def quik_bars(bench: dict[str, object]) -> list[str]:
     return lines
 
 
+# Of the sparse layer over torch's dense one and over its own dense path: a tenth of the neurons, bf16, 4096 x 11008 gated.
+RELU_BAR = 2.0
+
+
+def relu_bars(bench: dict[str, object]) -> list[str]:
+    """The same for relu_ffn."""
+    lines = []
+    for row in bench["rows"]:
+        s = row["shape"]
+        if (s["M"], s["d"], s["f"], s["density"], row["dtype"]) == (1, 4096, 11008, 0.1, "bf16"):
+            verdict = "met   " if min(row["vs_best"], row["vs_dense"]) >= RELU_BAR else "MISSED"
+            text = f"{row['vs_best']} times torch's dense layer, {row['vs_dense']} times its own"
+            lines.append(f"{verdict}  relu_ffn, density 0.1, 4096 x 11008, bf16: {text}, bar {RELU_BAR}")
+    worst = max((r["match"] for r in bench["rows"] if r["match"] is not None), default=0.0)
+    lines.append(f"{'met   ' if worst <= 1.0 else 'MISSED'}  relu_ffn, largest error over its bound: {worst:.3f}")
+    return lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=BUILD / "results", help="folder for the results")
@@ -313,6 +331,7 @@ def main() -> int:
     )
     check.run("build_driver_dyad", [nvcc(check, "driver_dyad", "tests/cuda/driver_dyad.cpp", libraries=[kernels])], 120)
     check.run("build_driver_quik", [nvcc(check, "driver_quik", "tests/cuda/driver_quik.cpp", libraries=[kernels])], 120)
+    check.run("build_driver_relu", [nvcc(check, "driver_relu", "tests/cuda/driver_relu.cpp", libraries=[kernels])], 120)
     check.run(
         "primitives",
         [nvcc(check, "primitives", "tests/cuda/primitives.cu"), [str(BUILD / "primitives")]],
@@ -324,10 +343,13 @@ def main() -> int:
     check.run("driver_fftconv", [[str(BUILD / "driver_fftconv")]], 60)
     check.run("driver_dyad", [[str(BUILD / "driver_dyad"), "large"]], 60)
     check.run("driver_quik", [[str(BUILD / "driver_quik")]], 60)
+    check.run("driver_relu", [[str(BUILD / "driver_relu")]], 60)
     if args.lab:
         check.run("lab", [nvcc(check, "lab", "bench/lab/cuda_wq_linear.cu"), [str(BUILD / "lab")]], 150)
         lab = nvcc(check, "lab_fftconv", "bench/lab/cuda_fftconv.cu", libraries=[kernels])
         check.run("lab_fftconv", [lab, [str(BUILD / "lab_fftconv")]], 120)
+        lab = nvcc(check, "lab_relu_ffn", "bench/lab/cuda_relu_ffn.cu", libraries=[kernels])
+        check.run("lab_relu_ffn", [lab, [str(BUILD / "lab_relu_ffn")]], 120)
     check.run("tests", [[sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda"]], 120)
     bench_ok = check.run(
         "bench",
@@ -370,6 +392,18 @@ def main() -> int:
         ],
         120,
     )
+    relu_ok = check.run(
+        "bench_relu",
+        [
+            [
+                sys.executable,
+                "tools/gpu_bench_relu.py",
+                str(args.out / "bench_relu.json"),
+                *(["--quick"] if args.quick else []),
+            ]
+        ],
+        120,
+    )
     if sanitizer := shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer"):
         for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
             check.run(
@@ -377,7 +411,7 @@ def main() -> int:
                 [[sanitizer, "--tool", tool, "--error-exitcode", "3", str(BUILD / "driver"), "4"]],
                 60,
             )
-            for op in ("fftconv", "dyad", "quik"):
+            for op in ("fftconv", "dyad", "quik", "relu"):
                 program = str(BUILD / f"driver_{op}")
                 check.run(
                     f"sanitizer_{tool}_{op}",
@@ -408,6 +442,10 @@ def main() -> int:
         lines = quik_bars(json.loads((args.out / "bench_quik.json").read_text()))
         report["bars"] = [*report.get("bars", []), *lines]
         sections += ["\n".join(lines), (args.out / "bench_quik.log").read_text()]
+    if relu_ok:
+        lines = relu_bars(json.loads((args.out / "bench_relu.json").read_text()))
+        report["bars"] = [*report.get("bars", []), *lines]
+        sections += ["\n".join(lines), (args.out / "bench_relu.log").read_text()]
     for step in check.steps:
         if step["verdict"] not in ("ok", "skipped"):
             sections.append(f"---- {step['step']}: {step['verdict']}\n{check.tail(str(step['step']), 40)}")

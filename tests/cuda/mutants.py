@@ -23,6 +23,7 @@ from cuda_emulation import (  # noqa: E402
     OP,
     ORDERS,
     QUIK,
+    RELU,
     ROOT,
     SANITIZE,
     Build,
@@ -40,6 +41,8 @@ PROBLEM, TILE = "csrc/cuda/gemm_problem.h", "csrc/cuda/mma_tile.h"
 GEMM, FFMA, DENSE_CU, DYAD_CU = f"{DENSE}/cuda_mma.h", f"{DENSE}/cuda_ffma.cu", f"{DENSE}/cuda.cu", f"{DYAD}/cuda.cu"
 QUIK_MMA, QUIK_CU, QUIK_FLOAT = f"{QUIK}/cuda_mma.h", f"{QUIK}/cuda.cu", f"{QUIK}/cuda_float.cu"
 QUIK_FILES = [f"{QUIK}/cuda_mma_{name}.cu" for name in ("w8", "w4", "int4")]
+RELU_CU, RELU_ROWS, NEURONS = f"{RELU}/cuda.cu", f"{RELU}/cuda_rows.h", f"{RELU}/cuda_neurons.h"
+RELU_FILES = [f"{RELU}/cuda_{name}.cu" for name in ("f32", "bf16", "f16", "i8", "i4")]
 MMA_FILES = [f"{DENSE}/cuda_mma_{name}.cu" for name in ("f16", "bf16")]
 
 
@@ -71,8 +74,16 @@ class Mutant:
         return self.file.startswith(QUIK)
 
     @property
+    def relu(self) -> bool:
+        """Whether it is relu_ffn's; the same."""
+        return self.file.startswith(RELU)
+
+    @property
     def changed(self) -> list[str]:
         """The sources that contain the file."""
+        if self.relu:
+            # Two types of rows are enough for what does not look at them.
+            return {RELU_CU: [RELU_CU], NEURONS: RELU_FILES[:2]}.get(self.file, [RELU_CU, *RELU_FILES])
         if self.quik:
             return QUIK_FILES if self.file == QUIK_MMA else [self.file]
         if self.dyad:
@@ -281,6 +292,62 @@ MUTANTS = [
     Mutant("quik: codes of columns behind the last", QUIK_CU, "        if (j + e < base) use(e,", "        use(e,", sanitized=True),
     Mutant("quik: words stored to rows off alignment", QUIK_CU, "% 4 == 0 && q.row_bytes % 4 == 0;", "% 4 == 0;", sanitized=True),
     Mutant("dyad: rows of a packed weight not padded", DENSE_CU, "row = i / p.ld, column = i % p.ld;", "row = i / p.d_in, column = i % p.d_in;"),
+    # relu_ffn: barriers
+    Mutant("relu: no barrier after the panel of x", NEURONS, "      stage<R, T>(p, set, first, count, xs);\n      __syncthreads();", "      stage<R, T>(p, set, first, count, xs);", ci=True),
+    Mutant("relu: panel replaced while it is read", NEURONS, "      if (first) __syncthreads();  // everybody is done with the panel before\n", ""),
+    Mutant("relu: no barrier before the gates are looked at", NEURONS, "  __syncthreads();\n\n  // A thread a token", "\n  // A thread a token"),
+    Mutant("relu: no barrier before the union", NEURONS, "  __syncthreads();\n  uint32_t any = 0;", "  uint32_t any = 0;"),
+    Mutant("relu: no barrier after the list", NEURONS, "__popc(active[threadIdx.x]);\n  __syncthreads();", "__popc(active[threadIdx.x]);"),
+    Mutant("relu: no barrier before the parts of u are added", NEURONS, "parts[warp][lane / kLanes] = sum;\n    __syncthreads();", "parts[warp][lane / kLanes] = sum;"),
+    Mutant("relu: parts of u replaced while they are read", NEURONS, "takes nothing from it\n    }\n    __syncthreads();", "takes nothing from it\n    }"),
+    Mutant("relu: no barrier after the panel that u reads", NEURONS, "        stage<R, T>(p, set, first, part, xs);\n        __syncthreads();", "        stage<R, T>(p, set, first, part, xs);"),
+    Mutant("relu: no barrier before the warps' sums are added", NEURONS, "acc[t][7]};\n    __syncthreads();", "acc[t][7]};", ci=True),
+    Mutant("relu: warps' sums replaced while they are read", NEURONS, "    to[int64_t(t) * p.out_chunks * kChunk] = sum;\n    __syncthreads();", "    to[int64_t(t) * p.out_chunks * kChunk] = sum;"),
+    Mutant("relu: no barrier of the warp after its list", NEURONS, "  __syncwarp();\n\n  float acc", "\n  float acc"),
+    Mutant("relu: totals of a block read before they are there", RELU_CU, "shared[threadIdx.x / 32] = v;\n  __syncthreads();", "shared[threadIdx.x / 32] = v;"),
+    Mutant("relu: totals of a block replaced while they are read", RELU_CU, "  __syncthreads();  // the sum before has been read\n", ""),
+    # relu_ffn: who adds what
+    Mutant("relu: a list ends one early", NEURONS, "lane % kBlock < p.counts[run];", "lane % kBlock < p.counts[run] - 1;", ci=True),
+    Mutant("relu: lists of a warp overlap", NEURONS, "slice * kSlice + warp * kLists +", "slice * kSlice + warp * (kLists - 1) +"),
+    Mutant("relu: place in a list not counted from its start", NEURONS, "const int to = count + __popc", "const int to = __popc"),
+    Mutant("relu: the last slice is not added", RELU_CU, "slice < p.slices; ++slice", "slice < p.slices - 1; ++slice"),
+    Mutant("relu: neurons dealt to the wrong block", NEURONS, "int64_t(j) * p.blocks + block; };", "int64_t(block) * kBlock + j; };"),
+    Mutant("relu: every row is the list's first", NEURONS, "? int(neuron(list[first_row + r])) : -1;", "? int(neuron(list[first_row])) : -1;"),
+    Mutant("relu: u of the first four rows again", NEURONS, "const int t = threadIdx.x % T, k = first_row + threadIdx.x / T;", "const int t = threadIdx.x % T, k = threadIdx.x / T;"),
+    Mutant("relu: chunks of u begin at the panel's first", NEURONS, "first, part, warp, kGateWarps, lane, sums);", "first, part, 0, kGateWarps, lane, sums);"),
+    Mutant("relu: totals in the lanes of another value", RELU_ROWS, "mine = upper ? v[i + n] : v[i], other = upper ? v[i] : v[i + n];", "mine = upper ? v[i] : v[i + n], other = upper ? v[i + n] : v[i];"),
+    Mutant("relu: bias of the gate of another neuron", NEURONS, "sum + p.gate.bias[neuron(j)] : sum;", "sum + p.gate.bias[neuron(own / T)] : sum;"),
+    Mutant("relu: no bias of up", NEURONS, "u += p.up.bias[neuron(j)];", "u += 0.0f;"),
+    Mutant("relu: bias of every slice", RELU_CU, "sum += from[slice * p.width * ld];", "sum += from[slice * p.width * ld] + (slice && p.down.bias ? p.down.bias[column] : 0.0f);"),
+    Mutant("relu: a token takes what another one has active", NEURONS, "gates[t][j] = on ? a : 0.0f;", "gates[t][j] = a;", ci=True),
+    Mutant("relu: union of the first two tokens", NEURONS, "  for (int t = 0; t < T; ++t) any |= active[t];", "  for (int t = 0; t < (T < 2 ? T : 2); ++t) any |= active[t];"),
+    Mutant("relu: nnz of the union", NEURONS, "__popc(active[threadIdx.x]);", "count;"),
+    Mutant("relu: votes of the other half of the warp", NEURONS, "votes >> (lane & kBlock) & 0xffffu;", "votes & 0xffffu;"),
+    Mutant("relu: active at the threshold's other side", NEURONS, "case Gate::fatrelu: return !(g <= param);", "case Gate::fatrelu: return g <= param;"),
+    Mutant("relu: max of drelu left out", NEURONS, "if (p.kind == Gate::drelu && u <= 0.0f) u = 0.0f;", ""),
+    Mutant("relu: threshold of the first neuron", NEURONS, "p.param[p.param_each ? i : 0]", "p.param[0]"),
+    Mutant("relu: mask of the first token", RELU_ROWS, "(p.mask_rows == 1 ? 0 : p.first + token) * p.mask_bytes", "0 * p.mask_bytes"),
+    Mutant("relu: mask of whole neurons", RELU_ROWS, "const int64_t bit = i / p.mask_group;", "const int64_t bit = i;", sanitized=True),
+    Mutant("relu: the cut counts masked gates as nothing", NEURONS, "p.mask && p.kind != Gate::gelu_gauss;", "p.mask != nullptr;"),
+    Mutant("relu: top_k ranks masked gates", RELU_CU, "if (p.mask && !in_mask(p, int(blockIdx.x), i)) return -1;", ""),
+    Mutant("relu: top_k keeps one more", RELU_CU, "(s == cut && before < ties)", "(s == cut && before <= ties)"),
+    Mutant("relu: sums of the cut without the last warp", RELU_CU, "for (int w = 1; w < kAllThreads / 32; ++w) sum += shared[w];", "for (int w = 1; w < kAllThreads / 32 - 1; ++w) sum += shared[w];"),
+    Mutant("relu: deviation without the root", RELU_CU, "sqrt(squares / double(p.f))", "(squares / double(p.f))"),
+    Mutant("relu: inputs of the first set again", RELU_CU, "load_scalar(p.x, p.dtype, (int64_t(set) * kMaxTokens + t) * p.f + i)", "load_scalar(p.x, p.dtype, int64_t(t) * p.f + i)"),
+    Mutant("relu: inputs at the threshold kept", RELU_CU, "!(fabsf(v[t]) <= least);", "!(fabsf(v[t]) < -least);"),
+    Mutant("relu: columns of a lane as they lie, int4", RELU_ROWS, "if (r == Rows::i4) return lane / 16 * 128 + 16 * e + lane % 16;", "if (r == Rows::i4) return 8 * lane + e;"),
+    Mutant("relu: nibbles are not signed", RELU_ROWS, "- 8388616.0f) * scales.s[e / 2]", "- 8388608.0f) * scales.s[e / 2]"),
+    Mutant("relu: one scale for a lane of int4", RELU_ROWS, "* scales.s[e / 2];", "* scales.s[0];"),
+    Mutant("relu: bytes are not signed", RELU_ROWS, "raw.w[e / 4] ^ 0x80808080u;", "raw.w[e / 4];"),
+    # relu_ffn: guards and tails
+    Mutant("relu: rows read beyond their end", RELU_ROWS, "const bool inside = there && at < row_bytes;", "const bool inside = there;", sanitized=True),
+    Mutant("relu: scales read beyond the last", RELU_ROWS, "there && group < groups ? __ldg", "there ? __ldg", sanitized=True),
+    Mutant("relu: neurons behind the last", NEURONS, "      bool wanted = i < p.f;", "      bool wanted = true;", sanitized=True),
+    Mutant("relu: x read beyond its end", NEURONS, "            if (own < p.d) v[e] =", "            v[e] =", sanitized=True),
+    Mutant("relu: x off alignment loaded as if on it", RELU_CU, "a.d % 4 == 0 && reinterpret_cast<uintptr_t>(p.x) % (4 * size) == 0;", "a.d % 4 == 0;", sanitized=True),
+    Mutant("relu: x of tokens behind the last", NEURONS, "    if (token < tokens) {\n      const int64_t row", "    {\n      const int64_t row", sanitized=True),
+    Mutant("relu: results behind the last column", RELU_CU, "  if (column >= p.d_out) return;\n", "", sanitized=True),
+    Mutant("relu: shared memory 64 bytes short", NEURONS, "* kChunk * 4;", "* kChunk * 4 - 64;", sanitized=True),
 ]  # fmt: skip
 
 
@@ -308,7 +375,12 @@ def prepare(folder: Path, mutants: list[Mutant]) -> str:
         for order in ORDERS:
             if (result := run(program, "quick", order=order)).returncode != 0:
                 return f"quik without a planted bug, order {order}:\n{result.stdout}{result.stderr}"
-    others = [m for m in mutants if not (m.fftconv or m.dyad or m.quik)]
+    for sanitized in sorted({m.sanitized for m in mutants if m.relu}):
+        program = originals(folder, sanitized).relu_driver()
+        for order in ORDERS:
+            if (result := run(program, "quick", order=order)).returncode != 0:
+                return f"relu without a planted bug, order {order}:\n{result.stdout}{result.stderr}"
+    others = [m for m in mutants if not (m.fftconv or m.dyad or m.quik or m.relu)]
     for bits, sanitized in sorted({(m.bits, m.sanitized) for m in others}):
         program = originals(folder, sanitized).driver([bits])
         for order in ORDERS:
@@ -333,8 +405,8 @@ def plant(folder: Path, mutant: Mutant, *, first: bool = False) -> str:
         base = originals(folder, mutant.sanitized)
         build = Build(place, base.flags, base)
         cases: object = "quick"
-        if mutant.quik:
-            program = build.quik_driver(mutant.changed)
+        if mutant.quik or mutant.relu:
+            program = build.quik_driver(mutant.changed) if mutant.quik else build.relu_driver(mutant.changed)
         elif mutant.dyad or mutant.fftconv:
             program = build.dyad_driver(mutant.changed) if mutant.dyad else build.fftconv_driver(mutant.changed)
         else:
