@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-OPS = ("wq_linear", "fftconv", "dense_linear", "dyad_linear", "quik_linear", "runtime")
+OPS = ("wq_linear", "fftconv", "dense_linear", "dyad_linear", "quik_linear", "relu_ffn", "runtime")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -61,7 +61,8 @@ def main(
         typer.Option(
             "--kind",
             help="fftconv: forward,forward uncached,gated,backward,decode,memory; dyad_linear: forward, training or "
-            "feed-forward, each with fp32 or bf16, e.g. 'forward fp32,training bf16'; quik_linear: product,layer.",
+            "feed-forward, each with fp32 or bf16, e.g. 'forward fp32,training bf16'; quik_linear: product,layer; "
+            "relu_ffn: layer, down, batch or prompt, each with bf16, int8 or int4, e.g. 'layer bf16,down int8'.",
         ),
     ] = "",
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure competitors too.")] = True,
@@ -112,6 +113,11 @@ def main(
         if names := [f"--{name}" for name, value in {"bits": bits, "compute": compute}.items() if value]:
             raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
         quantised(quick, threads, json_file, isa, m, shape, kinds, baselines, console)
+        return
+    if op == "relu_ffn":
+        if names := [f"--{name}" for name, value in {"m": m, "bits": bits, "compute": compute}.items() if value]:
+            raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
+        feed_forward(quick, threads, json_file, isa, shape, kinds, baselines, console)
         return
     linear(quick, threads, json_file, isa, m, bits, compute, shape, baselines, console)
 
@@ -237,6 +243,39 @@ def quantised(
     with console.status("measuring") as status, torch.inference_mode():
         result = quik_table.run(plan, lambda text: (status.update(text), console.log(text)))
     save(json_file, result, "quik_linear")
+    report.print_run(result, console)
+
+
+def feed_forward(
+    quick: bool,
+    threads: int,
+    json_file: Path | None,
+    isa: str,
+    shape: str,
+    kinds: str,
+    baselines: bool,
+    console: Console,
+) -> None:
+    """The relu_ffn table."""
+    import torch
+
+    from . import measure, relu_table, report
+    from . import relu_problem as problem
+
+    layers = {str(s): s for s in problem.LAYERS}
+    plan = relu_table.Plan(
+        some_of("--shape", shape, layers, problem.LAYERS[2:3] if quick else problem.LAYERS),
+        threads,
+        tiers_of(isa),
+        some_of("--kind", kinds, {name: name for name in problem.KINDS}, problem.KINDS),
+        densities=(0.1, 0.5) if quick else problem.DENSITIES,
+        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
+        turns=3 if quick else 5,
+        baselines=baselines,
+    )
+    with console.status("measuring") as status, torch.inference_mode():
+        result = relu_table.run(plan, lambda text: (status.update(text), console.log(text)))
+    save(json_file, result, "relu_ffn")
     report.print_run(result, console)
 
 

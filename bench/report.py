@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 OURS = "effk"
-WITH_KINDS = ("fftconv", "dense_linear", "dyad_linear", "quik_linear")  # ops whose case starts with what is done
+WITH_KINDS = ("fftconv", "dense_linear", "dyad_linear", "quik_linear", "relu_ffn")  # ops whose case starts with what is done
 COLD, WARM = "cold", "warm"
 
 
@@ -171,6 +171,8 @@ def shape_name(row: Row) -> str:
         return f"M={s['M']} {s['N']}x{s['K']} W{s['bits_w']}A{s['bits_a']}" + f" + {s['outliers']}" * (
             s["outliers"] > 0
         )
+    if "density" in s:
+        return f"M={s['M']} {s['d']}x{s['f']}{' gated' * s['gated']} {s['density']}"
     if "d_in" in s:
         f_in, f_out = layer_sides(row)
         return f"T={s['T']} {f_in}x{f_out}" + (f" n={s['n']}" if s["n"] > 1 else "")
@@ -289,4 +291,4 @@ def _block(row: Row) -> tuple:
     """What rows that were timed together have in common."""
     if "d_in" in row.shape:
         return row.kind, *layer_sides(row), row.shape["T"]
-    return row.kind, *(row.shape.get(key) for key in ("N", "K", "M", "B", "H", "L"))
+    return row.kind, *(row.shape.get(key) for key in ("N", "K", "M", "B", "H", "L", "d", "f", "density"))

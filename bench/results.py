@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from . import bars, dyad_page, quik_page
+from . import bars, dyad_page, quik_page, relu_page
 from .fftconv_problem import KINDS
 from .report import COLD, Row, best_competitor, figure, geomean, read_jsonl, set_vs_best, shape_name
 
@@ -56,6 +56,9 @@ def page(rows: list[Row], paths: Sequence[Path]) -> Iterator[str]:
         for kind, title in quik_page.sections(here):
             yield from ["", f"### {title}", "", *quik_page.notes(here)]
             yield from table(quik_page.HEADERS[kind], quik_page.lines(here, kind))
+        for kind, title in relu_page.sections(here):
+            yield from ["", f"### {title}", ""]
+            yield from table(relu_page.HEADER, relu_page.lines(here, kind))
         if any(r.op == "runtime" for r in here):
             yield from ["", "### Whole models", "", *models(here)]
         missing = sorted(
