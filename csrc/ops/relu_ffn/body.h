@@ -1,8 +1,9 @@
 // The loops of relu_ffn over the vector vocabulary of csrc/simd, for one token at a time or up to four together. Bound: reading the
-// weights, a multiply-add of fp32 a weight and token; rows of other types are widened in registers. Reached on Zen 5, one core,
-// 4096 x 11008 from memory at 40 GB/s: products 35 to 38 GB/s in bf16 and int8, 25 in int4; sums of rows 34 to 36 when all are
-// read and 20 to 27 when one in two to ten is, int4 18 and 11. Gap: short runs, behind which the hardware fetches lines that nobody
-// reads; int4 sums are bound by arithmetic. Four rows a visit of y in bf16 and int8 read all at 26, one row a visit in int4 at 15.
+// weights, a multiply-add of fp32 a weight and token; rows of other types are widened in registers. Reached on Zen 5, one core, with
+// 4096 columns from memory at 38 to 40 GB/s: rows in order 36 to 38 GB/s in bf16, rows picked here and there 28 to 32 in fp32 and 22 to
+// 26 in bf16 and int8, one in two or one in ten. From cache: 70 GB/s in bf16, 56 in int8, 30 in int4. Gap: a core keeps some 50 lines
+// in flight by itself, and the hardware's fetching, which has more, needs runs longer than a row; int4 is bound by arithmetic.
+// Picked rows one at a time were 20 % slower, and what the hardware fetches beyond them lost more in int8.
 #pragma once
 #include <type_traits>
 
@@ -17,80 +18,131 @@ using neuron::Rows;
 using relu_ffn::List;
 
 template <Rows R> constexpr int kChunks = int(neuron::unit_columns(R) / neuron::kChunk);  // vectors of a unit
-constexpr int64_t kAhead = 1;              // dot: rows between the one that is read and the one that is fetched
-constexpr int64_t kAheadBytes = 16 << 10;  // add_rows: the same in bytes; 4, 24 and 40 KiB are alike in bf16, less loses 20 % in int8
-constexpr float kNibbles[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+constexpr bool kWide = kLanes == 16;       // registers for the sums of four rows
+constexpr int kPicked = 4;                 // rows together where they lie here and there: as many streams from memory
+constexpr int64_t kAheadLines = 32;        // of such rows, in lines: 16 and 64 lose 10 to 20 %, except in fp32
+constexpr int64_t kKick = 2;               // fp32: these lines of each next row start the hardware's own fetching, 10 % faster than all
+constexpr int64_t kAheadBytes = 16 << 10;  // rows in order, one at a time: how far ahead; 4, 24 and 40 KiB are alike in bf16, less loses 20 % in int8
+constexpr int kByGroups = 256;             // factors of groups that add_rows makes at a time, a row and token: 1 KiB
 
-template <Rows R, int S> EFFK_INLINE vf chunk(const uint8_t* unit, const Table& nibbles) {
-  if constexpr (R == Rows::f32) return load_f32(unit);
-  else if constexpr (R == Rows::bf16) return load_bf16(unit + S * 32);
-  else if constexpr (R == Rows::f16) return load_f16(unit + S * 32);
-  else if constexpr (R == Rows::i8) return to_float(load_s8(unit + S * 16));
-  else return lookup(shift_right<4 * S>(load_unit(unit)), nibbles);
+template <Rows R> EFFK_INLINE vf chunk(const uint8_t* row, int64_t j) {  // vector j of a row
+  if constexpr (R == Rows::f32) return load_f32(row + j * 64);
+  else if constexpr (R == Rows::bf16) return load_bf16(row + j * 32);
+  else if constexpr (R == Rows::f16) return load_f16(row + j * 32);
+  else return to_float(load_s8(row + j * 16));
+}
+// Code - 8 of the nibbles at bits 4S..4S+3, S < 4: put into the mantissa of 2^(23 - 4S), then that and 8 taken off, exactly. Neither
+// is a shuffle, of which a core does one or two at a time: a third more codes a second than by shifts and a table of 16.
+template <int S> EFFK_INLINE vf nibbles(vi unit) {
+  constexpr int exponent = 23 - 4 * S;
+  return sub_f(as_float(and_or(unit, set_i(15 << 4 * S), set_i((127 + exponent) << 23))), set_f(float((1 << exponent) + 8)));
 }
 template <int S, int End, class F> EFFK_INLINE void unrolled(const F& f) {
   if constexpr (S < End) { f(std::integral_constant<int, S>()); unrolled<S + 1, End>(f); }
 }
 
-EFFK_INLINE const uint8_t* row_at(const List& l, int64_t i) { return l.rows + (l.index ? l.index[i] : l.first + i) * l.row_bytes; }
-EFFK_INLINE const float* scales_at(const List& l, int64_t i) { return l.scales + (l.index ? l.index[i] : l.first + i) * l.groups; }
+EFFK_INLINE int64_t neuron_of(const List& l, int64_t i) { return l.index ? l.index[i] : l.first + i; }
+EFFK_INLINE const uint8_t* row_at(const List& l, int64_t i) { return l.rows + neuron_of(l, i) * l.row_bytes; }
 
-// One row and B tokens: vector j goes to chain j % 4, or, where scales change, group g to chain g % 2; chains are added up at the end.
-// GC: vectors of a group, 0: scales do not change along a row (or there are none). A row at a time is one stream from memory.
-template <Rows R, int GC, int B>
-EFFK_INLINE void dot_row(const List& l, int64_t i, const float* x, int64_t x_row, float* out, int64_t out_row) {
-  const Table nibbles = load_float_table(kNibbles);
-  constexpr int K = kChunks<R>, C = GC ? 2 : 4, kStep = K >= C ? 1 : C / K;  // units of a step
-  const uint8_t *row = row_at(l, i), *ahead = row_at(l, i + kAhead < l.count ? i + kAhead : l.count - 1);
-  const float* scale = l.scales ? scales_at(l, i) : nullptr;
-  vf acc[C][B];
-  for (int c = 0; c < C; ++c)
-    for (int b = 0; b < B; ++b) acc[c][b] = zero_f();
-  const auto vectors = [&](int64_t u, auto first, auto count) {  // of unit u: numbers first.. of a step
-    prefetch(ahead + u * 64);
-    if constexpr (GC == 0) {
-      unrolled<0, decltype(count)::value>([&](auto s) {
-        constexpr int S = decltype(s)::value, N = decltype(first)::value + S;
-        const vf w = chunk<R, S>(row + u * 64, nibbles);
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) acc[N % C][b] = mac(w, load_f32(x + b * x_row + (u * K + S) * 16), acc[N % C][b]);
-      });
-    } else {
-      constexpr int G = GC < K ? GC : K;  // vectors of a group inside a unit
-      unrolled<0, K / G>([&](auto p) {
-        constexpr int P = decltype(p)::value;
-        vf part[B];
-        for (int b = 0; b < B; ++b) part[b] = zero_f();
-        unrolled<0, G>([&](auto s) {
-          constexpr int S = P * G + decltype(s)::value;
-          const vf w = chunk<R, S>(row + u * 64, nibbles);
-#pragma GCC unroll 4
-          for (int b = 0; b < B; ++b) part[b] = mac(w, load_f32(x + b * x_row + (u * K + S) * 16), part[b]);
-        });
-        const int64_t g = (u * K + P * G) / GC;
-        const vf by = set_f(scale[g < l.groups ? g : l.groups - 1]);  // beyond the last group lie zeros
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) acc[P % C][b] = mac(by, part[b], acc[P % C][b]);
-      });
+// N rows from i on, and what is fetched meanwhile: a row at a time, the one `ahead`; several, a distance within them and on into
+// the next N; and the scales of those.
+template <Rows R, int N> struct Reading {
+  const uint8_t *row[N], *next[N];
+  const float* scale[N];
+  int64_t units, distance;
+  EFFK_INLINE Reading(const List& l, int64_t i, int64_t ahead) {
+    units = l.units, distance = N == 1 || units < kAheadLines ? units : kAheadLines;
+    for (int r = 0; r < N; ++r) {
+      const int64_t then = neuron_of(l, i + r + ahead < l.count ? i + r + ahead : l.count - 1);
+      row[r] = row_at(l, i + r);
+      next[r] = l.rows + then * l.row_bytes;
+      scale[r] = l.scales ? l.scales + neuron_of(l, i + r) * l.groups : nullptr;
+      if (neuron::quantised(R) && l.index)
+        for (int64_t g = 0; g < l.groups; g += 16) prefetch(l.scales + then * l.groups + g);
     }
+  }
+  EFFK_INLINE void fetch(int64_t u) const {
+    if constexpr (R == Rows::f32 && N > 1) {
+      if (u < kKick)
+        for (int r = 0; r < N; ++r) prefetch(next[r] + u * 64);
+    } else {
+      const int64_t v = u + distance;
+      for (int r = 0; r < N; ++r) prefetch(v < units ? row[r] + v * 64 : next[r] + (v - units) * 64);
+    }
+  }
+};
+
+// N rows and B tokens: vector j goes to chain j % 4, or, where scales change, group g to chain g % 2; chains are added up at the end.
+// GC: vectors of a group, 0: scales do not change along a row (or there are none). N does not change the sums.
+template <Rows R, int GC, int B, int N>
+EFFK_INLINE void dot_rows(const List& l, int64_t i, int64_t ahead, const float* x, int64_t x_row, float* out, int64_t out_row) {
+  constexpr int K = kChunks<R>, C = GC ? 2 : 4, G = GC == 0 ? 1 : GC < K ? GC : K;  // G: vectors of a group inside a unit
+  const Reading<R, N> at(l, i, ahead);
+  vf acc[N][C][B];
+  for (int r = 0; r < N; ++r)
+    for (int c = 0; c < C; ++c)
+      for (int b = 0; b < B; ++b) acc[r][c][b] = zero_f();
+  const auto unit = [&](int64_t u, auto first) __attribute__((always_inline)) {  // number `first` of those units whose vectors go round the chains
+    at.fetch(u);
+    vi raw[N];
+    if constexpr (R == Rows::i4)
+#pragma GCC unroll 4
+      for (int r = 0; r < N; ++r) raw[r] = load_unit(at.row[r] + u * 64);
+    unrolled<0, K / G>([&](auto p) {
+      constexpr int P = decltype(p)::value;
+      vf part[N][B];
+      unrolled<0, G>([&](auto s) {
+        constexpr int S = P * G + decltype(s)::value, chain = (decltype(first)::value * K + S) % C;
+        vf xs[B];
+#pragma GCC unroll 4
+        for (int b = 0; b < B; ++b) xs[b] = load_f32(x + b * x_row + (u * K + S) * 16);
+#pragma GCC unroll 4
+        for (int r = 0; r < N; ++r) {
+          vf w;
+          if constexpr (R == Rows::i4) {
+            if constexpr (S == 4) raw[r] = shift_right<16>(raw[r]);
+            w = nibbles<S % 4>(raw[r]);
+          } else w = chunk<R>(at.row[r], u * K + S);
+#pragma GCC unroll 4
+          for (int b = 0; b < B; ++b) {
+            if constexpr (GC == 0) acc[r][chain][b] = mac(w, xs[b], acc[r][chain][b]);
+            else if constexpr (S % G == 0) part[r][b] = mul_f(w, xs[b]);
+            else part[r][b] = mac(w, xs[b], part[r][b]);
+          }
+        }
+      });
+      if constexpr (GC != 0) {
+        const int64_t g = (u * K + P * G) / GC;
+        const int64_t in = g < l.groups ? g : l.groups - 1;  // beyond the last group lie zeros
+#pragma GCC unroll 4
+        for (int r = 0; r < N; ++r) {
+          const vf by = set_f(at.scale[r][in]);
+#pragma GCC unroll 4
+          for (int b = 0; b < B; ++b) acc[r][P % C][b] = mac(by, part[r][b], acc[r][P % C][b]);
+        }
+      }
+    });
   };
-  constexpr std::integral_constant<int, K> all{};
+  constexpr int kStep = K >= C ? 1 : C / K;  // units of a step
   int64_t u = 0;
   for (; u + kStep <= l.units; u += kStep)
-    unrolled<0, kStep>([&](auto n) { vectors(u + decltype(n)::value, std::integral_constant<int, decltype(n)::value * K>(), all); });
+    unrolled<0, kStep>([&](auto n) { unit(u + decltype(n)::value, n); });
   if constexpr (kStep > 1)
-    unrolled<0, kStep - 1>([&](auto n) {
-      if (u + decltype(n)::value < l.units) vectors(u + decltype(n)::value, std::integral_constant<int, decltype(n)::value * K>(), all);
-    });
-  for (int b = 0; b < B; ++b) {
-    vf sum = add_f(acc[0][b], acc[1][b]);
-    if constexpr (C == 4) sum = add_f(sum, add_f(acc[2][b], acc[3][b]));
-    const float total = reduce_add_f(sum);
-    out[b * out_row + i] = GC == 0 && scale ? total * scale[0] : total;
-  }
+    unrolled<0, kStep - 1>([&](auto n) { if (u + decltype(n)::value < l.units) unit(u + decltype(n)::value, n); });
+  for (int r = 0; r < N; ++r)
+    for (int b = 0; b < B; ++b) {
+      vf sum = add_f(acc[r][0][b], acc[r][1][b]);
+      if constexpr (C == 4) sum = add_f(sum, add_f(acc[r][2][b], acc[r][3][b]));
+      const float total = reduce_add_f(sum);
+      out[b * out_row + i + r] = GC == 0 && at.scale[r] ? total * at.scale[r][0] : total;
+    }
 }
 template <Rows R, int GC, int B> void dot_tokens(const List& l, const float* x, int64_t x_row, float* out, int64_t out_row) {
-  for (int64_t i = 0; i < l.count; ++i) dot_row<R, GC, B>(l, i, x, x_row, out, out_row);
+  constexpr int N = !kWide || B == 4 ? 1 : B == 2 ? 2 : kPicked;
+  int64_t i = 0;
+  if (N > 1 && (l.index || neuron::quantised(R)))
+    for (; i + N <= l.count; i += N) dot_rows<R, GC, B, N>(l, i, N, x, x_row, out, out_row);
+  for (; i < l.count; ++i) dot_rows<R, GC, B, 1>(l, i, 1, x, x_row, out, out_row);
 }
 template <Rows R, int GC> void dot_grouped(const List& l, const float* x, int64_t x_row, int tokens, float* out, int64_t out_row) {
   for (; tokens >= 4; tokens -= 4, x += 4 * x_row, out += 4 * out_row) dot_tokens<R, GC, 4>(l, x, x_row, out, out_row);
@@ -98,51 +150,88 @@ template <Rows R, int GC> void dot_grouped(const List& l, const float* x, int64_
   if (tokens) dot_tokens<R, GC, 1>(l, x, x_row, out, out_row);
 }
 
+// T vectors of N rows, from vector j on, times their factors into y. by: [N][B][kByGroups], that of vector j first.
+// i4: number S of four vectors; `raw` holds their nibbles lowest.
+template <Rows R, int GC, int N, int B, int T, int S>
+EFFK_INLINE void add_vectors(const Reading<R, N>& at, const vi* raw, int64_t j, const float* by, float* y, int64_t y_row) {
+  vf sum[T][B];
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) sum[t][b] = load_f32(y + b * y_row + (j + t) * 16);
+  unrolled<0, N>([&](auto rr) {
+    constexpr int r = decltype(rr)::value;
+    unrolled<0, T>([&](auto tt) {
+      constexpr int t = decltype(tt)::value;
+      vf w;
+      if constexpr (R == Rows::i4) w = nibbles<S + t>(raw[r]);
+      else w = chunk<R>(at.row[r], j + t);
+#pragma GCC unroll 4
+      for (int b = 0; b < B; ++b) sum[t][b] = mac(w, set_f(by[(r * B + b) * kByGroups + (GC && T > GC ? t / GC : 0)]), sum[t][b]);
+    });
+  });
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int b = 0; b < B; ++b) store_f32(y + b * y_row + (j + t) * 16, sum[t][b]);
+}
 template <Rows R, int GC, int N, int B>
 EFFK_INLINE void add_block(const List& l, int64_t i, int64_t ahead, const float* h, int64_t h_row, int64_t u0, int64_t u1, float* y, int64_t y_row) {
-  const Table nibbles = load_float_table(kNibbles);
-  constexpr int K = kChunks<R>;
-  const uint8_t *row[N], *next[N];
-  const float* scale[N];
-  vf by[N][B];
-  for (int r = 0; r < N; ++r) {
-    row[r] = row_at(l, i + r);
-    next[r] = row_at(l, i + r + ahead < l.count ? i + r + ahead : l.count - 1);
-    scale[r] = l.scales ? scales_at(l, i + r) : nullptr;
-    for (int b = 0; b < B; ++b) by[r][b] = set_f(GC == 0 && scale[r] ? h[b * h_row + i + r] * scale[r][0] : h[b * h_row + i + r]);
-  }
-  for (int64_t u = u0; u < u1; ++u) {
-    for (int r = 0; r < N; ++r) prefetch(next[r] + u * 64);
-    unrolled<0, K>([&](auto s) {
-      constexpr int S = decltype(s)::value;
-      const int64_t j = u * K + S;
-      if constexpr (GC != 0)
-        if (j % GC == 0 || (u == u0 && S == 0)) {
-          const int64_t g = j / GC < l.groups ? j / GC : l.groups - 1;
-          for (int r = 0; r < N; ++r)
-            for (int b = 0; b < B; ++b) by[r][b] = set_f(h[b * h_row + i + r] * scale[r][g]);
-        }
-      vf sum[B];
-#pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) sum[b] = load_f32(y + b * y_row + j * 16);
-#pragma GCC unroll 4
-      for (int r = 0; r < N; ++r) {
-        const vf w = chunk<R, S>(row[r] + u * 64, nibbles);
-#pragma GCC unroll 4
-        for (int b = 0; b < B; ++b) sum[b] = mac(w, by[r][b], sum[b]);
+  constexpr int K = kChunks<R>, T = B == 4 || R == Rows::i4 ? 2 : 4;
+  const Reading<R, N> at(l, i, ahead);
+  float by[N * B * kByGroups];
+  constexpr int64_t kSegment = GC ? kByGroups * GC / K : int64_t(1) << 62;  // units
+  static_assert(GC == 0 || kByGroups * GC % K == 0);
+  for (int64_t s0 = u0 / kSegment * kSegment; s0 < u1; s0 += kSegment) {
+    const int64_t first = s0 > u0 ? s0 : u0, end = u1 - s0 < kSegment ? u1 : s0 + kSegment;
+    const int64_t g0 = GC ? first * K / (GC ? GC : 1) : 0, g1 = GC ? (end * K - 1) / (GC ? GC : 1) + 1 : 1;
+    for (int r = 0; r < N; ++r)
+      for (int b = 0; b < B; ++b) {
+        const float value = h[b * h_row + i + r], *scale = at.scale[r];
+        float* to = by + (r * B + b) * kByGroups;
+        if constexpr (GC == 0) to[0] = scale ? value * scale[0] : value;
+        else
+          for (int64_t g = g0; g < g1; ++g) to[g - g0] = value * scale[g < l.groups ? g : l.groups - 1];  // beyond the last lie zeros
       }
+    const auto factor = [&](int64_t j) { return by + (GC ? j / (GC ? GC : 1) - g0 : 0); };
+    if constexpr (R == Rows::i4) {
+      for (int64_t u = first; u < end; ++u) {
+        at.fetch(u);
+        vi raw[N];
 #pragma GCC unroll 4
-      for (int b = 0; b < B; ++b) store_f32(y + b * y_row + j * 16, sum[b]);
-    });
+        for (int r = 0; r < N; ++r) raw[r] = load_unit(at.row[r] + u * 64);
+        const auto half = [&](int64_t j) __attribute__((always_inline)) {
+          add_vectors<R, GC, N, B, T, 0>(at, raw, j, factor(j), y, y_row);
+          add_vectors<R, GC, N, B, T, 2>(at, raw, j + 2, factor(j + 2), y, y_row);
+        };
+        half(u * K);
+#pragma GCC unroll 4
+        for (int r = 0; r < N; ++r) raw[r] = shift_right<16>(raw[r]);
+        half(u * K + 4);
+      }
+    } else {
+      int64_t j = first * K;
+      constexpr int U = T > K ? T / K : 1;  // units of a step
+      for (; j + T <= end * K; j += T) {
+        if (j % K == 0)
+          for (int n = 0; n < U; ++n) at.fetch(j / K + n);
+        add_vectors<R, GC, N, B, T, 0>(at, nullptr, j, factor(j), y, y_row);
+      }
+      for (; j < end * K; ++j) {
+        if (j % K == 0) at.fetch(j / K);
+        add_vectors<R, GC, N, B, 1, 0>(at, nullptr, j, factor(j), y, y_row);
+      }
+    }
   }
 }
 template <Rows R, int GC, int B>
 void add_tokens(const List& l, const float* h, int64_t h_row, int64_t u0, int64_t u1, float* y, int64_t y_row) {
-  constexpr int N = R == Rows::i4 && B < 4 ? 4 : 1;  // rows for one visit of y
-  const int64_t ahead = (kAheadBytes / l.row_bytes / N + 1) * N;
+  constexpr int N = !kWide && B == 4 ? 1 : kPicked;
   int64_t i = 0;
-  for (; i + N <= l.count; i += N) add_block<R, GC, N, B>(l, i, ahead, h, h_row, u0, u1, y, y_row);
-  for (; i < l.count; ++i) add_block<R, GC, 1, B>(l, i, 1, h, h_row, u0, u1, y, y_row);
+  if (N > 1 && (l.index || neuron::quantised(R) || B > 1))
+    for (; i + N <= l.count; i += N) add_block<R, GC, N, B>(l, i, N, h, h_row, u0, u1, y, y_row);
+  const int64_t ahead = l.index ? 1 : kAheadBytes / l.row_bytes + 1;
+  for (; i < l.count; ++i) add_block<R, GC, 1, B>(l, i, ahead, h, h_row, u0, u1, y, y_row);
 }
 template <Rows R, int GC>
 void add_grouped(const List& l, const float* h, int64_t h_row, int tokens, int64_t u0, int64_t u1, float* y, int64_t y_row) {

@@ -57,6 +57,7 @@ struct Args {
   DType dtype;              // of x and y
   int64_t tokens, d, f;
   bool dense;               // read every neuron of up and down
+  bool fall_back;           // do so too where so many are active that reading all in order is faster: the result is the same
   void* y;
   int32_t* nnz;             // [tokens]
 };
