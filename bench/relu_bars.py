@@ -73,5 +73,6 @@ def judge(rows: Sequence[Row], threads: int) -> Iterator[Verdict]:
     yield verdict("8 tokens, union 0.3: x reading all", BATCHED, ours(BATCH), dense)
     for types, name in ((("fp32", "bf16"), theirs.BAG), (("int8", "int4"), theirs.BYTES)):
         found = ours(DOWN, *types)
-        yield verdict(f"rows of down, {' and '.join(types)}: x {name}", BAG.get(threads, 1.0), found, against(name), types[0] != "fp32")
+        title, extra = f"rows of down, {' and '.join(types)}: x {name}", name != theirs.BAG
+        yield verdict(title, BAG.get(threads, 1.0), found, against(name), extra)
     yield verdict("prompts, bf16: x dense_linear", 1.0, ours(PROMPT, "bf16"), against(LINEAR), True)

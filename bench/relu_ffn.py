@@ -23,9 +23,7 @@ def layer(problem: Problem, dense: bool = False) -> Made:
         (wg, sg), (wu, su), (wd, sd) = packed if len(packed) == 3 else (Packed(None, None), *packed)
         bias = problem.biases[problem.list_of(i)]
         bg, bu = (bias, None) if wg is not None else (None, bias)
-        return ops.relu_ffn(
-            problem.x, wg, wu, wd, sg, su, sd, bg, bu, None, w.rows, "relu", None, None, 1, mode
-        )[0]
+        return ops.relu_ffn(problem.x, wg, wu, wd, sg, su, sd, bg, bu, None, w.rows, "relu", None, None, 1, mode)[0]
 
     return Made(call, problem.match("fp32"))
 

@@ -21,7 +21,9 @@ from . import machine
 LAYER, DOWN, BATCH, PROMPT = "layer", "down", "batch", "prompt"  # whole layer, rows of down alone; 8 and many tokens
 ROWS = ("bf16", "int8", "int4")
 DOWN_ROWS = ("fp32", *ROWS)
-KINDS = tuple(f"{what} {rows}" for what in (LAYER, DOWN, BATCH, PROMPT) for rows in (DOWN_ROWS if what == DOWN else ROWS))
+KINDS = tuple(
+    f"{what} {rows}" for what in (LAYER, DOWN, BATCH, PROMPT) for rows in (DOWN_ROWS if what == DOWN else ROWS)
+)
 GROUP = {"int4": 32}
 DENSITIES = (0.05, 0.1, 0.2, 0.33, 0.5)
 UNION, BATCH_TOKENS, PROMPT_TOKENS = 0.3, 8, 128

@@ -13,7 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 OURS = "effk"
-WITH_KINDS = ("fftconv", "dense_linear", "dyad_linear", "quik_linear", "relu_ffn")  # ops whose case starts with what is done
+WITH_KINDS = (
+    "fftconv",
+    "dense_linear",
+    "dyad_linear",
+    "quik_linear",
+    "relu_ffn",
+)  # ops whose case starts with what is done
 COLD, WARM = "cold", "warm"
 
 

@@ -150,7 +150,7 @@ inline ReluFfnCall make_relu_ffn(const char* op, const Tensor& x, const Optional
       EFFK_CHECK(a.mask[r * bytes + bytes - 1] >> (bits % 8) == 0, op, ": mask: expected zeros beyond bit ", bits, " of a row, got ones in row ", r);
   }
   a.x = t.x.data(), a.dtype = t.dtype, a.tokens = t.count, a.d = t.d, a.f = f;
-  a.dense = mode == "dense";
+  a.dense = mode == "dense", a.fall_back = mode == "auto";
   return call;
 }
 

@@ -63,7 +63,9 @@ def test_whole_run(few_copies: None) -> None:
         assert made and all(len(line) == len(relu_page.HEADER) for line in made)
 
 
-def row(backend: str, us: float, kind: str = "layer bf16", density: float = 0.1, m: int = 1, roofline: float = 0.9) -> Row:
+def row(
+    backend: str, us: float, kind: str = "layer bf16", density: float = 0.1, m: int = 1, roofline: float = 0.9
+) -> Row:
     shape = {"M": m, "d": 4096, "f": 11008, "density": density, "gated": 1}
     tier = "avx512vnni" if backend.startswith("effk") else "native"
     return Row("relu_ffn", kind, shape, kind.split()[1], tier, 1, backend, "1", us, 0.1, 1.0, 1.0, roofline, None, 0.5)

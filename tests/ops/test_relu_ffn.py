@@ -101,6 +101,21 @@ def test_inactive_rows_are_not_read(tier: str) -> None:
     assert torch.equal(y, again) and 0 < nnz < 40
 
 
+def test_auto_reads_all_where_most_are_active(tier: str) -> None:
+    """With the same bits; NaN in rows that need not be read shows which were."""
+    layer = Layer(64, 400)
+    x = torch.randn(1, 64)
+    gates = (x @ layer.plain[0].T)[0] + layer.biases[0]
+    for density, all_read in ((0.5, False), (0.9, True)):
+        param = gates.quantile(1 - density).reshape(1)
+        y = layer.run(x, "shifted_relu", param, mode="auto")[0]
+        assert torch.equal(y, layer.run(x, "shifted_relu", param)[0])
+        good = layer.packed[2][0].clone()
+        layer.packed[2][0].view(torch.float32)[gates <= param] = torch.nan
+        assert layer.run(x, "shifted_relu", param, mode="auto")[0].isnan().any() == all_read, density
+        layer.packed[2][0].copy_(good)
+
+
 def test_nan_is_active(tier: str) -> None:
     layer = Layer(64, 40)
     x = torch.randn(2, 64)

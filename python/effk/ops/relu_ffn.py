@@ -30,8 +30,9 @@ Operations (library ``effk``):
     relu_ffn_unpack(rows, scales, kind, d) -> w fp32 (f, d)
     relu_ffn(x, wg, wu, wd, sg, su, sd, bg, bu, bd, rows, gate, param, mask, mask_group, mode) -> (y, nnz)
         x (..., d) fp32, bf16 or fp16; wg (or None), wu, wd rows of f neurons; biases fp32; param fp32; mask uint8
-        (1 or tokens, bytes), bit j % 8 of byte j // 8 for neurons [j m, (j + 1) m), m = mask_group. mode "auto", "sparse"
-        (the same now) or "dense". y like x, nnz int32 (tokens,).
+        (1 or tokens, bytes), bit j % 8 of byte j // 8 for neurons [j m, (j + 1) m), m = mask_group. mode "sparse", "dense", or
+        "auto": sparse, unless so many neurons are active that reading all in order is faster (the same result).
+        y like x, nnz int32 (tokens,).
     input_sparse_linear(x, w, scales, bias, threshold, rows, f_out) -> (y, nnz)
         y = sum_j x_j w_j + bias over not |x_j| <= threshold_j; w are rows of length f_out, one an input
         (relu_ffn_pack of the weight with transpose); threshold fp32, one or one an input, None: 0.
