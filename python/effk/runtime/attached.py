@@ -43,7 +43,7 @@ class Runtime:
     @property
     def decoder(self) -> Any:
         """The model's decoder, new if a weight was replaced or written to since it was made."""
-        if tuple(_states(self.model)) != self._made_for:
+        if self._decoder is None or tuple(_states(self.model)) != self._made_for:
             self._decoder = None  # the memory of one suffices
             self._decoder = decoder_for(self.model)
             self._made_for = tuple(_states(self.model))  # now: a decoder moves weights
