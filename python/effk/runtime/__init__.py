@@ -15,26 +15,26 @@ from .errors import UnsupportedModel
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .decoder import Decoder
     from .fallback import HuggingFaceDecoder
     from .generate import Generator
 
 __all__ = ["Generator", "UnsupportedModel", "decoder_for"]
 
 
-def decoder_for(model: PreTrainedModel) -> HuggingFaceDecoder:
+def decoder_for(model: PreTrainedModel) -> Decoder | HuggingFaceDecoder:
     """The decoder for a model; transformers' own forward, with a notice, for a model that the runtime does not know.
 
     Raises:
         UnsupportedModel: neither can run it.
     """
+    from .decoder import Decoder
     from .fallback import HuggingFaceDecoder
 
     try:
-        from .decoder import Decoder
-
+        if model.device.type != "cpu":
+            raise UnsupportedModel(f"runtime: model: expected its weights on cpu, got {model.device}")
         return Decoder.from_model(model)
-    except ImportError:
-        return HuggingFaceDecoder(model)
     except UnsupportedModel as reason:
         decoder = HuggingFaceDecoder(model)
         warnings.warn(f"effk: {reason}; it runs on transformers, slower than it could", stacklevel=2)
