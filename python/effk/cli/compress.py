@@ -31,7 +31,7 @@ def compress(
     model: Model,
     out: Annotated[Path | None, typer.Option(help="Folder to write: model, tokenizer, plan.json, report.json.")] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="llm-mq (default), quik, finequant, rtn, dyad, sparse, relufy ...")
+        str | None, typer.Option(help="llm-mq (default), quik, finequant, rtn, moqe, dyad, sparse, relufy ...")
     ] = None,
     bits: Annotated[float | None, typer.Option(help="Bits per weight; for llm-mq the average, e.g. 3.4.")] = None,
     group: Annotated[int | None, typer.Option(help="Weights that share a scale: 32, 64, 128, 256; 0: the row.")] = None,

@@ -41,8 +41,8 @@ from .sparse_convert import compress_sparse, make_sparse_plan
 __all__ = [
     "Context", "FilterHandler", "FilterPlan", "FilterRecipe", "FilterReport", "Handler", "Layer", "LayerPlan",
     "LayerReport", "NetworkHandler", "NetworkPlan", "NetworkRecipe", "NetworkReport", "Plan", "Progress", "Recipe",
-    "Report", "SparseHandler", "SparseRecipe", "SparsityReport", "compress", "make_plan", "plan_from_json",
-    "recipe_from_json", "recipe_types", "register",
+    "Report", "SparseHandler", "SparseRecipe", "SparsityReport", "compress", "find_layers", "make_plan",
+    "plan_from_json", "recipe_from_json", "recipe_types", "register",
 ]  # fmt: skip
 
 AnyPlan = Plan | FilterPlan | NetworkPlan
@@ -174,7 +174,7 @@ def _open(
 ) -> tuple[Context, Handler, dict[str, str]]:
     """Everything that can be refused before any work."""
     handler = handler_for(recipe)
-    found, refused = find_layers(model)
+    found, refused = handler.find(model)
     layers = [layer for layer in found if not matches(layer.name, recipe.ignore)]
     kept = {**refused, **{layer.name: "ignored by the recipe" for layer in found if matches(layer.name, recipe.ignore)}}
     if not layers:

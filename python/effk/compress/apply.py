@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import time
@@ -14,7 +15,7 @@ from ..formats import bitmask, quik
 from ..formats.bitmask import BitmaskTensor
 from ..formats.quik import QuikWeight
 from ..formats.wq import WqWeight, weight_bytes
-from ..nn import BitmaskLinear, QuikLinear, WqLinear
+from ..nn import BitmaskLinear, QuikLinear, WqGroupedLinear, WqLinear
 from ..ops import bitmask_linear
 from .calibrate import LayerStats, stream_blocks
 from .layers import Layer, replace_module
@@ -22,6 +23,7 @@ from .plan import LayerPlan, Plan, outlier_count
 from .registry import Context, Handler
 from .report import LayerReport
 
+_COMPRESSED = (WqLinear, WqGroupedLinear, QuikLinear, BitmaskLinear)
 _CHECK_ROWS = 2  # rows of x in the self-check: enough to catch a packing error, cheap beside the compression itself
 _CHECK_CHUNK = 1024  # rows of W converted to float64 at once
 
@@ -69,7 +71,7 @@ def _compress_layer(
     dense = layer.weight()
     weight = handler.quantize(context, layer, dense, entry, stats)
     _check_against_plan(layer, entry, weight)
-    module = handler.module(weight, layer.module.bias, entry)
+    module = handler.module(weight, layer.bias, entry)
     report = install_layer(context.model, layer, dense, weight, module, start, None if stats is None else stats.hessian)
     return dataclasses.replace(report, bits_a=entry.options.get("bits_a", 16))
 
@@ -79,7 +81,7 @@ def install_layer(
     layer: Layer,
     dense: Tensor,
     weight: WqWeight | QuikWeight | BitmaskTensor,
-    module: WqLinear | QuikLinear | BitmaskLinear,
+    module: WqLinear | WqGroupedLinear | QuikLinear | BitmaskLinear,
     start: float,
     hessian: Tensor | None = None,
 ) -> LayerReport:
@@ -97,7 +99,12 @@ def install_layer(
     replace_module(model, layer.name, module)
     layer.module = None  # the last reference to the dense weight but for ``dense``
     compute = "float" if isinstance(module, QuikLinear) else module.compute
-    return report_on(weight, dense, restored, compute, layer.nbytes, time.perf_counter() - start, hessian)
+    report = report_on(weight, dense, restored, compute, layer.nbytes, time.perf_counter() - start, hessian)
+    if isinstance(module, WqGroupedLinear):
+        parts = zip(dense.chunk(module.experts), restored.chunk(module.experts), strict=True)
+        errors = tuple(_ratio((a - b).square().sum(), a.square().sum()) for a, b in parts)
+        return dataclasses.replace(report, expert_errors=errors)
+    return report
 
 
 def report_on(
@@ -168,7 +175,7 @@ def _expect_planned(layer: Layer, expected: Mapping[str, object], got: Mapping[s
         raise ValueError(f"compress: {layer.name}: expected the planned {expected}, got {got}")
 
 
-def _self_check(name: str, module: WqLinear | QuikLinear | BitmaskLinear, restored: Tensor) -> None:
+def _self_check(name: str, module: WqLinear | WqGroupedLinear | QuikLinear | BitmaskLinear, restored: Tensor) -> None:
     """Compare the kernel for unrounded activations on random x with the dequantised weight in float64.
 
     Each output is a sum of at most 2 K products in fp32 (a dense and a sparse one per column), in a fixed order:
@@ -181,10 +188,15 @@ def _self_check(name: str, module: WqLinear | QuikLinear | BitmaskLinear, restor
         got = module.product(x, 16, None).double()
     elif isinstance(module, BitmaskLinear):
         got = bitmask_linear.linear(x, module.packed).double()
+    elif isinstance(module, WqGroupedLinear):  # the same x for each expert; results side by side, as the stack's rows
+        count, exact = module.experts, copy.copy(module)
+        exact.compute = "float"
+        offsets = torch.arange(count + 1, dtype=torch.int32, device=x.device) * _CHECK_ROWS
+        got = exact(x.repeat(count, 1), offsets).double().view(count, _CHECK_ROWS, -1).transpose(0, 1).flatten(1)
     else:
         got = torch.ops.effk.wq_linear(x, *module._weight_args(), None, *module._geometry(), "float").double()
     x = x.double()
-    for start in range(0, module.out_features, _CHECK_CHUNK):
+    for start in range(0, restored.shape[0], _CHECK_CHUNK):
         rows = slice(start, start + _CHECK_CHUNK)
         w = restored[rows].double()
         expected = x @ w.t()
@@ -209,9 +221,7 @@ def _ratio(error: Tensor, reference: Tensor) -> float:
 
 def model_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and persistent buffers; compressed layers count as they are stored, not as packed."""
-    compressed = {
-        n: module for n, module in model.named_modules() if isinstance(module, (WqLinear, QuikLinear, BitmaskLinear))
-    }
+    compressed = {n: module for n, module in model.named_modules() if isinstance(module, _COMPRESSED)}
     total = sum(stored_bytes(module) for module in compressed.values())
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -224,7 +234,7 @@ def model_bytes(model: nn.Module) -> int:
     return total
 
 
-def stored_bytes(module: WqLinear | QuikLinear | BitmaskLinear) -> int:
+def stored_bytes(module: WqLinear | WqGroupedLinear | QuikLinear | BitmaskLinear) -> int:
     """Bytes of a compressed layer in canonical form, bias included."""
     if isinstance(module, BitmaskLinear):
         bias = 0 if module.bias is None else module.bias.numel() * module.bias.element_size()
@@ -236,6 +246,10 @@ def stored_bytes(module: WqLinear | QuikLinear | BitmaskLinear) -> int:
         return bias + quik.weight_bytes(
             module.out_features, module.in_features, module.bits, module.outliers, module.pattern
         )
+    if isinstance(module, WqGroupedLinear):
+        rows, scale_bytes = module.experts * module.out_features, module.scales.element_size()
+        how = {"zeros": module.zeros is not None, "scale_bytes": scale_bytes}
+        return weight_bytes(rows, module.in_features, module.bits, module.group_size, **how)
     table = None if module.codebook is None else "shared" if module.codebook.dim() == 1 else "row"
     dense = weight_bytes(
         module.out_features,

@@ -46,9 +46,13 @@ class Layer:
         """The layer that ``module`` is under ``name``."""
         transposed = is_conv1d(module)
         n, k = module.weight.shape[::-1] if transposed else module.weight.shape
-        block = _BLOCK.match(name)
         size = module.weight.numel() * module.weight.element_size()
-        return cls(name, module, block.group(1) if block else None, input_group(name), transposed, n, k, size)
+        return cls(name, module, block_of(name), input_group(name), transposed, n, k, size)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the module."""
+        return self.module.bias
 
     def weight(self) -> Tensor:
         """The weight as detached fp32 ``[N, K]`` on its own device.
@@ -61,6 +65,12 @@ class Layer:
         if not bool(weight.isfinite().all()):
             raise ValueError(f"{self.name}.weight: expected finite values, got NaN or Inf")
         return weight
+
+
+def block_of(name: str) -> str | None:
+    """The transformer block that holds what is called ``name``, or None."""
+    block = _BLOCK.match(name)
+    return block.group(1) if block else None
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -99,9 +109,11 @@ def find_layers(model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` at the dotted ``name`` of ``model``."""
+    """Put ``module`` at the dotted ``name`` of ``model``, where a module or a parameter is."""
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    owner = model.get_submodule(parent)
+    owner._parameters.pop(leaf, None)  # PyTorch refuses a module where a parameter is
+    setattr(owner, leaf, module)
 
 
 def input_group(name: str) -> str:

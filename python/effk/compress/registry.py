@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from ..formats.bitmask import BitmaskTensor
 from ..formats.quik import QuikWeight
 from ..formats.wq import WqWeight
-from ..nn import BitmaskLinear, QuikLinear, WqLinear
+from ..nn import BitmaskLinear, QuikLinear, WqGroupedLinear, WqLinear
 from .calibrate import LayerStats
 from .filters import FilterHandler
-from .layers import Layer
+from .layers import Layer, find_layers
 from .networks import NetworkHandler
 from .plan import LayerPlan, Plan
 from .recipe import Recipe
@@ -61,6 +61,10 @@ class Context:
 class Handler(ABC):
     """One method: ``prepare``, ``plan`` unless the user gave one, then ``quantize`` for every layer."""
 
+    def find(self, model: nn.Module) -> tuple[list[Layer], dict[str, str]]:
+        """The layers that may be compressed, in model order, and others with the reason why not."""
+        return find_layers(model)
+
     def needs_calibration(self, recipe: Recipe) -> bool:
         """Whether ``calib`` must be given."""
         return bool(self.statistics(recipe))
@@ -90,12 +94,12 @@ class Handler(ABC):
 
     def module(
         self, weight: WqWeight | QuikWeight | BitmaskTensor, bias: Tensor | None, entry: LayerPlan
-    ) -> WqLinear | QuikLinear | BitmaskLinear:
+    ) -> WqLinear | WqGroupedLinear | QuikLinear | BitmaskLinear:
         """What takes the layer's place while later layers are calibrated."""
         return WqLinear.from_weight(weight, bias, entry.compute)
 
     def finish(  # noqa: B027  (optional)
-        self, module: WqLinear | QuikLinear | BitmaskLinear, entry: LayerPlan
+        self, module: WqLinear | WqGroupedLinear | QuikLinear | BitmaskLinear, entry: LayerPlan
     ) -> None:
         """Turn on, once all layers are compressed, what calibration was not to see, such as rounded activations."""
 

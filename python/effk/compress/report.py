@@ -29,6 +29,7 @@ class LayerReport:
         error: ``|W - W'| / |W|`` (Frobenius).
         output_error: the same of the layer's outputs on the calibration inputs, where their Hessian was collected.
         seconds: time to compress it.
+        expert_errors: ``error`` of each expert, where the layer is a stack of them.
     """
 
     bits: int
@@ -44,6 +45,7 @@ class LayerReport:
     seconds: float
     outlier_columns: int = 0
     bits_a: int = 16
+    expert_errors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,9 @@ class Report:
         kinds = Counter((e.bits, e.bits_a, e.outlier_columns) for e in self.layers.values())
         if any(bits_a < 16 or columns for _, bits_a, columns in kinds):
             lines += [f"  W{b}A{a}, {columns} outlier columns: {n} layers" for (b, a, columns), n in kinds.items()]
+        if (share := self.plan.notes.get("expert_share")) is not None:
+            smaller = 1 - self.model_bytes_after / self.model_bytes_before
+            lines.append(f"  experts hold {share:.1%} of the parameters; the model is {smaller:.1%} smaller")
         reasons: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             reasons.setdefault(reason, []).append(name)

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..compress.embedding import EmbeddingPair, install_embedding, untie
+from ..compress.experts import group_experts
 from ..compress.fuse import fuse_shared_inputs
 from ..compress.layers import replace_module
-from ..nn import BitmaskLinear, DyadLinear, DyadLowRank, DyadWqLinear, QuikLinear, WqLinear
+from ..nn import BitmaskLinear, DyadLinear, DyadLowRank, DyadWqLinear, QuikLinear, WqGroupedLinear, WqLinear
 from .checkpoint import check_file, find_weights, read_header
 from .record import PROVENANCE, QUANT_METHOD, VERSION, check_record, describe
 from .stored import StoredBitmaskWeight, StoredQuikWeight, StoredWeight
@@ -77,6 +78,8 @@ class EffkQuantizer(HfQuantizer):
         for name, fields in record.get("bitmask", {}).items():
             _check_target(model, name, fields, transposed_ok=True)
             replace_module(model, name, StoredBitmaskWeight(fields, fields["n"] if fields["bias"] else None))
+        for name, fields in record.get("experts", {}).items():
+            _empty_experts(model, name, fields)
         for name, fields in record.get("dyad", {}).items():
             _check_target(model, name, {"n": fields["out_features"], "k": fields["in_features"]}, transposed_ok=True)
             replace_module(model, name, _empty_dyad(fields, model.get_submodule(name).weight))
@@ -114,6 +117,9 @@ class EffkQuantizer(HfQuantizer):
             replace_module(
                 model, name, BitmaskLinear.from_weight(_weight(name, stored), stored.bias, fields["compute"])
             )
+        for name, fields in record.get("experts", {}).items():
+            weight = _weight(name, model.get_submodule(name))
+            replace_module(model, name, WqGroupedLinear.from_weight(weight, fields["experts"], fields["compute"]))
         for name, fields in record.get("dyad", {}).items():
             if fields["weight"] is not None:
                 inner = f"{name}.dyad" if fields["rank"] else name
@@ -132,6 +138,8 @@ class EffkQuantizer(HfQuantizer):
         """What ``save_pretrained`` writes: canonical tensors. ``effk.hub.save`` also replaces old files atomically."""
         record, tensors = describe(model)
         model.config.quantization_config = EffkConfig(**record)
+        if record["experts"]:
+            _keep_stacks(model)
         return tensors, {}
 
     def is_serializable(self) -> bool:
@@ -156,6 +164,7 @@ def adopt(model: PreTrainedModel) -> None:
         "dyad": {},
         "quik": {},
         "bitmask": {},
+        "experts": {},
         "relu_ffn": {},
         "input_sparse": {},
         "relu_norms": [],
@@ -163,6 +172,32 @@ def adopt(model: PreTrainedModel) -> None:
     }
     model.hf_quantizer = EffkQuantizer(EffkConfig(**empty))  # the record is made when the model is saved
     model.quantization_method = QUANT_METHOD
+
+
+def _keep_stacks(model: PreTrainedModel) -> None:
+    """Let ``save_pretrained`` rename tensors, but not cut compressed stacks into experts, as it does with plain ones."""
+    steps = getattr(model, "_weight_conversions", None)
+    if steps is None:  # a model from no file; transformers then leaves prefixes out as well
+        steps = [s for s in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(s, PrefixChange)]
+    model._weight_conversions = [step for step in steps if not isinstance(step, WeightConverter)]
+
+
+def _empty_experts(model: nn.Module, name: str, fields: dict[str, Any]) -> None:
+    """Put a stack without numbers at ``name``, for the loader to fill."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        stack = getattr(model.get_submodule(parent), leaf)
+    except AttributeError:
+        raise ValueError(f"load: {name}: expected experts in {type(model).__name__}, got none") from None
+    shape = [fields["experts"], fields["n"] // fields["experts"], fields["k"]]
+    if not isinstance(stack, Tensor) or list(stack.shape) != shape:
+        got = list(stack.shape) if isinstance(stack, Tensor) else type(stack).__name__
+        raise ValueError(f"load: {name}: expected the model's stack {got}, got {shape}")
+    try:
+        group_experts(model, parent)
+    except ValueError as error:
+        raise ValueError(f"load: {error}") from None
+    replace_module(model, name, StoredWeight(fields, None))
 
 
 def _empty_dyad(fields: dict[str, Any], like: Tensor) -> DyadLinear | DyadLowRank | StoredWeight:

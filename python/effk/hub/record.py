@@ -13,12 +13,15 @@
      "relu_ffn": {module: {"d", "f", "gated", "gate", "rows", "group", "biases", "param", "silent", "selector"}},
      "input_sparse": {module: {"n", "k", "rows", "group", "bias", "threshold"}},
      "relu_norms": [module],
+     "experts": {parameter: {"n", "k", "bits", "group_size", "scale_dtype", "zeros", "codebook", "outliers",
+                             "experts", "compute"}},
      "weights": {"file", "bytes", "sha256"} or null}
 
 The tensors of a module are stored beside its other ones as ``<module>.qweight``, ``<module>.scales`` and so on, in
 the canonical form (:mod:`effk.formats.wq`); those of a DYAD layer are its parameters, or, for quantised blocks, the
 canonical form of the one matrix that holds both components (:func:`effk.ops.dyad_linear.stacked`); those of a QUIK
-layer the canonical form of :mod:`effk.formats.quik`; for sparse networks see :mod:`.sparse_record`. "dyad" and what
+layer the canonical form of :mod:`effk.formats.quik`; those of a stack of experts the canonical form of all experts'
+rows, one after the other (``n`` counts them all); for sparse networks see :mod:`.sparse_record`. "dyad" and what
 follows it may be missing. ``recipe`` tells how the model was made; loading does not need it.
 """
 
@@ -32,7 +35,17 @@ from torch import Tensor, nn
 from ..formats import bitmask as bitmask_format
 from ..formats import quik as quik_format
 from ..formats.wq import state_shapes
-from ..nn import BitmaskLinear, DyadLinear, DyadLowRank, DyadWqLinear, QuikLinear, WqEmbedding, WqLinear, WqTiedHead
+from ..nn import (
+    BitmaskLinear,
+    DyadLinear,
+    DyadLowRank,
+    DyadWqLinear,
+    QuikLinear,
+    WqEmbedding,
+    WqGroupedLinear,
+    WqLinear,
+    WqTiedHead,
+)
 from ..nn.quik_linear import ACTIVATION_BITS, QUANTIZERS
 from .sparse_record import check_sparse, describe_sparse
 
@@ -41,6 +54,7 @@ VERSION = 1
 PROVENANCE = "_effk_recipe"  # attribute of a compressed model: the JSON record of its recipe
 _MODULE_FIELDS = {"compute", "bias"}
 _QUIK_FIELDS = {"bits_a", "quantizer", "bias"}
+_EXPERT_FIELDS = {"experts", "compute"}
 _EMBEDDING_FIELDS = {"name", "head", "head_bias", "compute"}
 
 
@@ -57,6 +71,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     dyad: dict[str, dict[str, Any]] = {}
     quik: dict[str, dict[str, Any]] = {}
     bitmask: dict[str, dict[str, Any]] = {}
+    experts: dict[str, dict[str, Any]] = {}
     tensors: dict[str, Tensor] = {}
     heads = {id(m._embedding): (name, m) for name, m in model.named_modules() if isinstance(m, WqTiedHead)}
     skip: set[str] = set()
@@ -81,6 +96,11 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
             how = {"bits_a": module.bits_a, "quantizer": module.quantizer, "bias": module.bias is not None}
             quik[name] = weight.geometry() | how
             fused = fused or module._shared is not None
+        if isinstance(module, WqGroupedLinear):
+            weight = module.to_weight()
+            tensors |= {f"{name}.{key}": tensor for key, tensor in weight.to_state().items()}
+            skip |= {f"{name}.{key}" for key in module._buffers}
+            experts[name] = weight.geometry() | {"experts": module.experts, "compute": module.compute}
         if isinstance(module, WqLinear):
             weight = module.to_weight()
             tensors |= {f"{name}.{key}": tensor for key, tensor in weight.to_state().items()}
@@ -98,7 +118,8 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     sparse, sparse_tensors, hidden = describe_sparse(model)
     tensors |= sparse_tensors
     skip |= hidden
-    if not layers and embedding is None and not dyad and not quik and not bitmask and not any(sparse.values()):
+    stored = (layers, dyad, quik, bitmask, experts, *sparse.values())
+    if embedding is None and not any(stored):
         raise ValueError("save: model: expected a model with compressed layers, got none")
     for name, tensor in (*model.named_parameters(), *_persistent_buffers(model)):
         if name not in skip:
@@ -114,6 +135,7 @@ def describe(model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "quik": quik,
         "bitmask": bitmask,
         **sparse,
+        "experts": experts,
         "weights": None,
     }
     return record, {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -153,6 +175,14 @@ def check_record(record: Mapping[str, Any]) -> None:
     for name, fields in bitmask.items():
         _check_bitmask(name, fields)
     check_sparse(record, _expect)
+    experts = record.get("experts", {})
+    _expect("experts", type(experts).__name__, isinstance(experts, dict), "an object")
+    for name, fields in experts.items():
+        _check_module(name, fields, _EXPERT_FIELDS)
+        count, plain = fields["experts"], not (fields["codebook"] or fields["outliers"])
+        whole = type(count) is int and count > 0 and fields["n"] % count == 0
+        _expect(f"{name}.experts", count, whole, f"a divisor of the {fields['n']} rows")
+        _expect(name, fields, plain, "integer codes alone")
     weights = record.get("weights")
     if weights is not None:
         legal = isinstance(weights, dict) and {k: type(v) for k, v in weights.items()} == {
@@ -163,7 +193,9 @@ def check_record(record: Mapping[str, Any]) -> None:
 
 def geometry_of(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The :meth:`WqWeight.geometry` part of a module's entry."""
-    return {key: value for key, value in fields.items() if key not in _MODULE_FIELDS | _EMBEDDING_FIELDS}
+    return {
+        key: value for key, value in fields.items() if key not in _MODULE_FIELDS | _EMBEDDING_FIELDS | _EXPERT_FIELDS
+    }
 
 
 def _check_module(name: str, fields: Any, extra: set[str]) -> None:

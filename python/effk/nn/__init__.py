@@ -18,6 +18,7 @@ from .relu_ffn import SparseFFN
 from .relu_norm import ReluNorm
 from .sparse_gate import SparseGate
 from .wq_embedding import WqEmbedding, WqTiedHead
+from .wq_experts import GroupedExperts, WqGroupedLinear
 from .wq_linear import WqLinear, WqMultiLinear
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "FFTConv",
     "FFTConvDecoder",
     "FlashFFTConv",
+    "GroupedExperts",
     "HyenaOperator",
     "InputSparseLinear",
     "LongFilter",
@@ -45,6 +47,7 @@ __all__ = [
     "SparseFFN",
     "SparseGate",
     "WqEmbedding",
+    "WqGroupedLinear",
     "WqLinear",
     "WqMultiLinear",
     "WqTiedHead",
