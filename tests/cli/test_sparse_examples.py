@@ -26,6 +26,10 @@ def test_training_with_and_without_deft(tmp_path: Path) -> None:
     assert deft.losses[-1] < deft.losses[0] - 0.1 and deft.speed.density < 0.8 * plain.speed.density
     for version in (plain, deft):
         assert version.speed.largest_error < 1e-4 and min(version.speed.tokens_per_second.values()) > 0
+    sizes = [size for _, size in outcome.combined.values()]
+    assert len(sizes) == 7 and sizes[0] > sizes[1] > sizes[2] > sizes[3] > sizes[4]
+    losses = [loss for loss, _ in outcome.combined.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and all(0 < loss < 6 for loss in losses)
     lines = "\n".join(relu_training.table(outcome))
     assert "| ReLU with DEFT |" in lines and (tmp_path / "deft.png").is_file() and (tmp_path / "relu.json").is_file()
 

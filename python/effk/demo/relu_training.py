@@ -9,6 +9,7 @@ ones, which gives the same logits up to rounding. Figures: docs/activation-spars
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,8 +21,13 @@ import typer
 from torch import Tensor, nn
 
 from .. import isa
+from ..compress import compress
+from ..compress.cost_model import decoding_bytes
 from ..compress.density_losses import DensityLoss
+from ..compress.layers import find_layers
+from ..compress.passes.cats import magnitude_quantile
 from ..compress.passes.relufy import Relufy
+from ..compress.passes.rtn import Rtn
 from ..data import calibration_text, evaluation_text
 from .dyad_training import Settings, Trainer, batches, build, evaluate, next_byte_loss
 from .sparse_speed import Speed, measure_speed
@@ -57,6 +63,7 @@ class Outcome:
     tier: str
     parameters: int
     versions: dict[str, Version] = field(default_factory=dict)
+    combined: dict[str, tuple[float, float]] = field(default_factory=dict)  # nats per byte, MB that a token reads
 
 
 class SparseTrainer(Trainer):
@@ -76,6 +83,36 @@ class SparseTrainer(Trainer):
         self.densities.append(self.extra.density)
         self.plain.append(float(task.detach()))
         return task + weight * density if weight else task
+
+
+@torch.no_grad()
+def prune_smallest(model: nn.Module, share: float) -> None:
+    """Set the smallest weights of every linear layer of the blocks to zero, in place: the plainest pruning there is."""
+    for layer in find_layers(model)[0]:
+        if layer.block is not None and share:
+            weight = layer.module.weight
+            weight.masked_fill_(weight.abs() <= magnitude_quantile(weight, share), 0.0)
+
+
+def combine(model: nn.Module, windows: Tensor) -> dict[str, tuple[float, float]]:
+    """Loss, and megabytes that a token reads, as skipping, quantisation and pruning come on top of each other."""
+    calib, found = list(windows.split(8)), {"as trained": (evaluate(model, windows), decoding_bytes(model) / 1e6)}
+    for name, rows, bits, pruned in (
+        ("skipping, fp32 rows", "fp32", 0, 0.0),
+        ("skipping, int8 rows", "int8", 0, 0.0),
+        ("skipping, int8 rows, 8-bit attention", "int8", 8, 0.0),
+        ("skipping, int4 rows, 4-bit attention", "int4", 4, 0.0),
+        ("a third pruned, skipping, int8 rows, 8-bit attention", "int8", 8, 1 / 3),
+        ("a half pruned, skipping, int8 rows, 8-bit attention", "int8", 8, 0.5),
+    ):
+        copied = copy.deepcopy(model)
+        prune_smallest(copied, pruned)
+        costs = compress(copied, Relufy(rows=rows, group=0 if rows == "fp32" else 32), calib).costs
+        saved = costs["ffn_bytes_dense"] - costs["ffn_bytes"]
+        if bits:
+            compress(copied, Rtn(bits=bits, group_size=32))
+        found[name] = (evaluate(copied, windows), (decoding_bytes(copied) - saved) / 1e6)
+    return found
 
 
 def run(
@@ -101,6 +138,8 @@ def run(
         seconds, evaluation = time.perf_counter() - start, evaluate(trainer.model, windows)
         prompt = windows[:1, : settings.length // 4]
         count = settings.length - prompt.shape[1] - 1
+        if own:
+            outcome.combined = combine(trainer.model.eval(), windows)
         report, speed = measure_speed(trainer.model.eval(), Relufy(), prompt, count, windows)
         outcome.versions[name] = Version(trainer.plain, trainer.densities, evaluation, seconds, speed)
         say(f"{name}: {evaluation:.3f} nats per byte, density {speed.density:.3f}, {speed.tokens_per_second}")
@@ -126,6 +165,8 @@ def table(outcome: Outcome) -> list[str]:
             f"| {name} | {v.evaluation:.3f} | {v.speed.density:.3f} | {v.speed.p95:.3f} | {speeds} | "
             f"{every:.0f} / {skipping:.0f} us ({every / skipping:.2f} ×) |"
         )
+    lines += ["", "| ReLU with DEFT | loss, evaluation text | MB a token reads |", "|---|---|---|"]
+    lines += [f"| {name} | {loss:.3f} | {size:.2f} |" for name, (loss, size) in outcome.combined.items()]
     return [
         *lines,
         "",
