@@ -8,7 +8,7 @@ Steps of a call, each in its own module: find the layers (``layers``), let the m
 plan (``registry``, ``passes``, ``plan``), apply it block by block on calibration data (``apply``, ``calibrate``),
 compress the embedding (``embedding``), let layers over one input share their kernel call (``fuse``), and report
 (``report``). Recipes for long filters, for feed-forward networks and for sparse activations go other ways
-(``filters``, ``convert``, ``sparse``).
+(``filters``, ``convert``, ``activation``).
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..hub.record import PROVENANCE
+from .activation import ActivationHandler, ActivationRecipe, SparsityReport
+from .activation_convert import compress_activations, make_activation_plan
 from .apply import apply_plan, model_bytes
 from .calibrate import check_calib
 from .convert import compress_networks, make_network_plan
@@ -35,13 +37,11 @@ from .plan import LayerPlan, Plan
 from .recipe import Recipe, matches
 from .registry import Context, Handler, Progress, handler_for, recipe_from_json, recipe_types, register
 from .report import LayerReport, Report
-from .sparse import SparseHandler, SparseRecipe, SparsityReport
-from .sparse_convert import compress_sparse, make_sparse_plan
 
 __all__ = [
     "Context", "FilterHandler", "FilterPlan", "FilterRecipe", "FilterReport", "Handler", "Layer", "LayerPlan",
     "LayerReport", "NetworkHandler", "NetworkPlan", "NetworkRecipe", "NetworkReport", "Plan", "Progress", "Recipe",
-    "Report", "SparseHandler", "SparseRecipe", "SparsityReport", "compress", "find_layers", "make_plan",
+    "Report", "ActivationHandler", "ActivationRecipe", "SparsityReport", "compress", "find_layers", "make_plan",
     "plan_from_json", "recipe_from_json", "recipe_types", "register",
 ]  # fmt: skip
 
@@ -80,10 +80,10 @@ def compress(
         _check_plan(recipe, plan)
         model.eval()
         return compress_filters(model, recipe, handler, calib or (), plan, progress or silent)
-    if isinstance(handler, (NetworkHandler, SparseHandler)):
+    if isinstance(handler, (NetworkHandler, ActivationHandler)):
         _check_plan(recipe, plan)
         model.eval()
-        run = compress_sparse if isinstance(handler, SparseHandler) else compress_networks
+        run = compress_activations if isinstance(handler, ActivationHandler) else compress_networks
         report = run(model, recipe, handler, calib or (), plan, progress or silent)
         _mark(model, recipe)
         return report
@@ -136,8 +136,8 @@ def make_plan(
         return make_filter_plan(model, recipe, handler, calib or (), progress or silent)
     if isinstance(handler, NetworkHandler):
         return make_network_plan(model, recipe, handler)
-    if isinstance(handler, SparseHandler):
-        return make_sparse_plan(model, recipe, handler)
+    if isinstance(handler, ActivationHandler):
+        return make_activation_plan(model, recipe, handler)
     context, handler, kept = _open(model, recipe, calib, progress)
     handler.prepare(context, None)
     plan = handler.plan(context).bind(context.layers)

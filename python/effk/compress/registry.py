@@ -19,13 +19,13 @@ from ..formats.bitmask import BitmaskTensor
 from ..formats.quik import QuikWeight
 from ..formats.wq import WqWeight
 from ..nn import BitmaskLinear, QuikLinear, WqGroupedLinear, WqLinear
+from .activation import ActivationHandler
 from .calibrate import LayerStats
 from .filters import FilterHandler
 from .layers import Layer, find_layers
 from .networks import NetworkHandler
 from .plan import LayerPlan, Plan
 from .recipe import Recipe
-from .sparse import SparseHandler
 
 
 class Progress(Protocol):
@@ -104,7 +104,7 @@ class Handler(ABC):
         """Turn on, once all layers are compressed, what calibration was not to see, such as rounded activations."""
 
 
-AnyHandler = Handler | FilterHandler | NetworkHandler | SparseHandler
+AnyHandler = Handler | FilterHandler | NetworkHandler | ActivationHandler
 _HANDLERS: dict[type[Recipe], AnyHandler] = {}
 
 

@@ -20,8 +20,8 @@ import typer
 from torch import Tensor, nn
 
 from .. import isa
-from ..compress.sparse import pack_network
-from ..compress.sparse_convert import install_network
+from ..compress.activation import pack_network
+from ..compress.activation_convert import install_network
 from ..compress.sparse_networks import SparseNetwork, find_sparse_networks
 
 SHAPES = {"E2B": (2048, 8192), "E4B": (2048, 16384)}

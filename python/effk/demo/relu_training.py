@@ -24,10 +24,9 @@ from .. import isa
 from ..compress import compress
 from ..compress.cost_model import decoding_bytes
 from ..compress.density_losses import DensityLoss
-from ..compress.layers import find_layers
-from ..compress.passes.cats import magnitude_quantile
 from ..compress.passes.relufy import Relufy
 from ..compress.passes.rtn import Rtn
+from ..compress.passes.sparse import Sparse
 from ..data import calibration_text, evaluation_text
 from .dyad_training import Settings, Trainer, batches, build, evaluate, next_byte_loss
 from .sparse_speed import Speed, measure_speed
@@ -85,32 +84,21 @@ class SparseTrainer(Trainer):
         return task + weight * density if weight else task
 
 
-@torch.no_grad()
-def prune_smallest(model: nn.Module, share: float) -> None:
-    """Set the smallest weights of every linear layer of the blocks to zero, in place: the plainest pruning there is."""
-    for layer in find_layers(model)[0]:
-        if layer.block is not None and share:
-            weight = layer.module.weight
-            weight.masked_fill_(weight.abs() <= magnitude_quantile(weight, share), 0.0)
-
-
-def combine(model: nn.Module, windows: Tensor) -> dict[str, tuple[float, float]]:
+def combine(model: nn.Module, windows: Tensor, calib: list[Tensor]) -> dict[str, tuple[float, float]]:
     """Loss, and megabytes that a token reads, as skipping, quantisation and pruning come on top of each other."""
-    calib, found = list(windows.split(8)), {"as trained": (evaluate(model, windows), decoding_bytes(model) / 1e6)}
-    for name, rows, bits, pruned in (
-        ("skipping, fp32 rows", "fp32", 0, 0.0),
-        ("skipping, int8 rows", "int8", 0, 0.0),
-        ("skipping, int8 rows, 8-bit attention", "int8", 8, 0.0),
-        ("skipping, int4 rows, 4-bit attention", "int4", 4, 0.0),
-        ("a third pruned, skipping, int8 rows, 8-bit attention", "int8", 8, 1 / 3),
-        ("a half pruned, skipping, int8 rows, 8-bit attention", "int8", 8, 0.5),
+    found = {"as trained": (evaluate(model, windows), decoding_bytes(model) / 1e6)}
+    for name, rows, attention in (
+        ("skipping, fp32 rows", "fp32", None),
+        ("skipping, int8 rows", "int8", None),
+        ("skipping, int8 rows; attention in 8 bits", "int8", Rtn(bits=8, group_size=32)),
+        ("skipping, int8 rows; half of attention pruned, the rest in 8 bits", "int8", Sparse(sparsity=0.5)),
+        ("skipping, int4 rows; attention in 4 bits", "int4", Rtn(bits=4, group_size=32)),
     ):
         copied = copy.deepcopy(model)
-        prune_smallest(copied, pruned)
-        costs = compress(copied, Relufy(rows=rows, group=0 if rows == "fp32" else 32), calib).costs
+        costs = compress(copied, Relufy(rows=rows, group=0 if rows == "fp32" else 32), list(windows.split(8))).costs
         saved = costs["ffn_bytes_dense"] - costs["ffn_bytes"]
-        if bits:
-            compress(copied, Rtn(bits=bits, group_size=32))
+        if attention is not None:
+            compress(copied, attention, calib)
         found[name] = (evaluate(copied, windows), (decoding_bytes(copied) - saved) / 1e6)
     return found
 
@@ -139,7 +127,7 @@ def run(
         prompt = windows[:1, : settings.length // 4]
         count = settings.length - prompt.shape[1] - 1
         if own:
-            outcome.combined = combine(trainer.model.eval(), windows)
+            outcome.combined = combine(trainer.model.eval(), windows, [next(source) for _ in range(8)])
         report, speed = measure_speed(trainer.model.eval(), Relufy(), prompt, count, windows)
         outcome.versions[name] = Version(trainer.plain, trainer.densities, evaluation, seconds, speed)
         say(f"{name}: {evaluation:.3f} nats per byte, density {speed.density:.3f}, {speed.tokens_per_second}")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..compress import SparseRecipe, SparsityReport, compress
+from ..compress import ActivationRecipe, SparsityReport, compress
 from ..nn.relu_ffn import sparse_ffns
 
 WAYS = {"kernel, every neuron": "dense", "kernel, skipping": "sparse"}
@@ -64,7 +64,7 @@ def ffn_seconds(model: nn.Module, xs: list[Tensor]) -> float:
 
 
 def measure_speed(
-    model: nn.Module, recipe: SparseRecipe, prompt: Tensor, count: int, windows: Tensor
+    model: nn.Module, recipe: ActivationRecipe, prompt: Tensor, count: int, windows: Tensor
 ) -> tuple[SparsityReport, Speed]:
     """Compress ``model`` with ``recipe`` on ``windows`` of text and decode ``count`` tokens before and after."""
     speed = Speed()

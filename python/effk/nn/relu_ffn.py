@@ -16,9 +16,9 @@ from ..ops.relu_ffn import APPROXIMATE, GATES, expand_mask
 from .frozen import FrozenDtypes
 from .sparse_gate import apply_gate, check_param
 
-MODES = ("sparse", "dense", "torch")
+MODES = ("auto", "sparse", "dense", "torch")
 _PARTS = ("gate", "up", "down")
-_DEFAULT_MODES = {1: "sparse", 9: "torch"}
+_DEFAULT_MODES = {1: "auto", 9: "torch"}
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from ...nn.relu_ffn import SparseFFN
+from ..activation import ActivationHandler, ActivationRecipe, Session, pack_network
 from ..registry import register
-from ..sparse import Session, SparseHandler, SparseRecipe, pack_network
 from ..sparse_networks import SparseNetwork
 
 _SAMPLE = 1 << 22  # values that the quantile is taken of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cats(SparseRecipe):
+class Cats(ActivationRecipe):
     """Thresholds on SiLU gates.
 
     Attributes:
@@ -41,7 +41,7 @@ class Cats(SparseRecipe):
 
 
 @register(Cats)
-class CatsHandler(SparseHandler):
+class CatsHandler(ActivationHandler):
     reads_inputs = True
     own_options = ("sparsity",)
 

@@ -17,16 +17,16 @@ from torch import Tensor, nn
 from ...nn.neuron_selector import RULES, ExpertRouter
 from ...nn.relu_ffn import SparseFFN
 from ...ops.relu_ffn import GATES
+from ..activation import ActivationHandler, ActivationRecipe, Session, pack_network
 from ..registry import register
 from ..solvers.balanced_kmeans import balanced_kmeans
-from ..sparse import Session, SparseHandler, SparseRecipe, pack_network
 from ..sparse_networks import SparseNetwork
 
 _BATCH = 256  # tokens of a step of the router
 
 
 @dataclass(frozen=True, kw_only=True)
-class Moefy(SparseRecipe):
+class Moefy(ActivationRecipe):
     """Neurons to experts with a router.
 
     Attributes:
@@ -61,7 +61,7 @@ class Moefy(SparseRecipe):
 
 
 @register(Moefy)
-class MoefyHandler(SparseHandler):
+class MoefyHandler(ActivationHandler):
     reads_inputs = True
     own_options = ("size", "rule", "tau")
 

@@ -22,12 +22,12 @@ from ...nn.relu_ffn import SparseFFN
 from ...nn.relu_norm import ReluNorm
 from ...nn.sparse_gate import SparseGate
 from ...ops.relu_ffn import GATES
+from ..activation import ActivationHandler, ActivationRecipe, Session, exact_rows, pack_network
 from ..density_losses import DensityLoss
 from ..layers import Layer, find_layers, replace_module
 from ..recover import recover_model
 from ..registry import register
 from ..solvers.cett import cett_threshold
-from ..sparse import Session, SparseHandler, SparseRecipe, exact_rows, pack_network
 from ..sparse_networks import SparseNetwork, find_sparse_networks, swap_activation
 
 ACTIVATIONS = ("relu", "relu2", "shifted_relu", "fatrelu")
@@ -35,7 +35,7 @@ _SAMPLE = 1 << 22  # values that a quantile is taken of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Relufy(SparseRecipe):
+class Relufy(ActivationRecipe):
     """Activations with zeros; networks that have them already are only packed.
 
     Attributes:
@@ -76,7 +76,7 @@ class Relufy(SparseRecipe):
 
 
 @register(Relufy)
-class RelufyHandler(SparseHandler):
+class RelufyHandler(ActivationHandler):
     def needs_calibration(self, recipe: Relufy) -> bool:
         return recipe.calibrated or recipe.stage == 2 or recipe.model_steps > 0
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from ...nn.neuron_selector import REUSES, ActiveSetReuse
 from ...nn.relu_ffn import SparseFFN
 from ...ops.relu_ffn import GATES
+from ..activation import ActivationHandler, ActivationRecipe, Session, pack_network
 from ..registry import register
-from ..sparse import Session, SparseHandler, SparseRecipe, pack_network
 from ..sparse_networks import SparseNetwork
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reuse(SparseRecipe):
+class Reuse(ActivationRecipe):
     """Reuse of active sets while generating; prompts are computed as they are.
 
     Attributes:
@@ -48,7 +48,7 @@ class Reuse(SparseRecipe):
 
 
 @register(Reuse)
-class ReuseHandler(SparseHandler):
+class ReuseHandler(ActivationHandler):
     own_options = ("method", "gamma", "share")
 
     def exact(self, recipe: Reuse) -> str:

@@ -18,8 +18,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from ...nn.neuron_selector import LowRankPredictor, Selector, SignPredictor
 from ...nn.relu_ffn import SparseFFN
 from ...ops.relu_ffn import APPROXIMATE, GATES
+from ..activation import ActivationHandler, ActivationRecipe, Session, pack_network
 from ..registry import register
-from ..sparse import Session, SparseHandler, SparseRecipe, pack_network
 from ..sparse_networks import SparseNetwork
 
 KINDS = ("lowrank", "sign")
@@ -27,7 +27,7 @@ _BATCH = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparsePredictor(SparseRecipe):
+class SparsePredictor(ActivationRecipe):
     """A predictor before every gate.
 
     Attributes:
@@ -59,7 +59,7 @@ class SparsePredictor(SparseRecipe):
 
 
 @register(SparsePredictor)
-class SparsePredictorHandler(SparseHandler):
+class SparsePredictorHandler(ActivationHandler):
     reads_inputs = True
     own_options = ("kind", "rank", "recall")
 

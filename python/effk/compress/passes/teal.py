@@ -18,10 +18,10 @@ from torch import Tensor
 
 from ...nn.input_sparse_linear import InputSparseLinear
 from ...nn.relu_ffn import SparseFFN
+from ..activation import ActivationHandler, ActivationRecipe, Session, exact_rows
 from ..calibrate import Block, stream_blocks
 from ..layers import Layer, find_layers, replace_module
 from ..registry import register
-from ..sparse import Session, SparseHandler, SparseRecipe, exact_rows
 from ..sparse_networks import SparseNetwork
 from .cats import magnitude_quantile
 
@@ -30,7 +30,7 @@ _CHECKED = 256  # tokens that the block's error is measured on
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teal(SparseRecipe):
+class Teal(ActivationRecipe):
     """Thresholds on the inputs of all linear layers of the blocks that hold a feed-forward network.
 
     Attributes:
@@ -52,7 +52,7 @@ class Teal(SparseRecipe):
 
 
 @register(Teal)
-class TealHandler(SparseHandler):
+class TealHandler(ActivationHandler):
     own_options = ("sparsity", "allocation")
 
     def needs_calibration(self, recipe: Teal) -> bool:

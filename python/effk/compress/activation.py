@@ -1,4 +1,4 @@
-"""Methods of activation sparsity: their recipes, handlers and reports; :mod:`.sparse_convert` carries them out.
+"""Methods of activation sparsity: their recipes, handlers and reports; :mod:`.activation_convert` carries them out.
 
 Every network becomes an :class:`effk.nn.SparseFFN`; methods differ in what they do to the activation before, in the
 gate's parameter, and in who selects neurons. The report says whether skipping is exact, and measures it
@@ -27,7 +27,7 @@ from .sparsity import NetworkSparsity
 
 
 @dataclass(frozen=True, kw_only=True)
-class SparseRecipe(NetworkRecipe):
+class ActivationRecipe(NetworkRecipe):
     """Fields common to methods of activation sparsity; patterns match names of networks.
 
     Attributes:
@@ -48,24 +48,24 @@ class SparseRecipe(NetworkRecipe):
         self._expect("compute", self.compute == "float", "'float'")
 
 
-class SparseHandler(ABC):
+class ActivationHandler(ABC):
     """One method."""
 
     reads_inputs = False  # whether ``convert`` is given what the network reads from calibration text
 
-    def needs_calibration(self, recipe: SparseRecipe) -> bool:
+    def needs_calibration(self, recipe: ActivationRecipe) -> bool:
         """Whether ``calib`` must be given."""
         return self.reads_inputs or recipe.model_steps > 0
 
     @abstractmethod
-    def exact(self, recipe: SparseRecipe) -> str:
+    def exact(self, recipe: ActivationRecipe) -> str:
         """Empty where skipping is exact, else what is approximated."""
 
     @abstractmethod
-    def refuses(self, network: SparseNetwork, recipe: SparseRecipe) -> str:
+    def refuses(self, network: SparseNetwork, recipe: ActivationRecipe) -> str:
         """Why the method does not fit a network, or an empty string."""
 
-    def options(self, network: SparseNetwork, recipe: SparseRecipe) -> dict[str, Any]:
+    def options(self, network: SparseNetwork, recipe: ActivationRecipe) -> dict[str, Any]:
         """The plan's entry for a network, JSON values, from the recipe that applies to it."""
         return {"rows": recipe.rows, "group": recipe.group}
 
@@ -104,7 +104,7 @@ class Session:
     """
 
     model: nn.Module
-    recipe: SparseRecipe
+    recipe: ActivationRecipe
     networks: list[SparseNetwork]
     fitted: list[Tensor]
     held: list[Tensor]
@@ -155,7 +155,7 @@ class SparsityReport:
         held_out: sequences that the figures were measured on; 0: too few were given, and they are those of
             calibration.
         skipped: network name -> reason.
-        costs: bytes and multiply-accumulates of a token (:func:`.sparse_convert.costs`).
+        costs: bytes and multiply-accumulates of a token (:func:`.activation_convert.costs`).
         notes: the method's own figures.
     """
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.relu_ffn import SparseFFN, sparse_ffns
+from .activation import ActivationHandler, ActivationRecipe, Session, SparsityReport
 from .apply import model_bytes
 from .calibrate import Block, check_calib, stream_blocks
 from .convert import hold_out, perplexity
@@ -18,12 +19,11 @@ from .cost_model import Ffn, decoding_bytes
 from .layers import replace_module
 from .networks import NetworkPlan
 from .recipe import matches
-from .sparse import Session, SparseHandler, SparseRecipe, SparsityReport
 from .sparse_networks import SparseNetwork, find_sparse_networks
 from .sparsity import NetworkSparsity, measure
 
 
-def make_sparse_plan(model: nn.Module, recipe: SparseRecipe, handler: SparseHandler) -> NetworkPlan:
+def make_activation_plan(model: nn.Module, recipe: ActivationRecipe, handler: ActivationHandler) -> NetworkPlan:
     """What the recipe does to every network; errors as :func:`effk.compress`."""
     networks, skipped = find_sparse_networks(model)
     chosen = []
@@ -47,17 +47,17 @@ def make_sparse_plan(model: nn.Module, recipe: SparseRecipe, handler: SparseHand
     return NetworkPlan(recipe.to_json(), {n.name: handler.options(n, own) for n, own in chosen}, skipped)
 
 
-def compress_sparse(
+def compress_activations(
     model: nn.Module,
-    recipe: SparseRecipe,
-    handler: SparseHandler,
+    recipe: ActivationRecipe,
+    handler: ActivationHandler,
     calib: Sequence[Tensor],
     plan: NetworkPlan | None,
     progress: Any,
 ) -> SparsityReport:
     """What :func:`effk.compress` does for these recipes; see there."""
     start = time.perf_counter()
-    made = make_sparse_plan(model, recipe, handler) if plan is None else plan
+    made = make_activation_plan(model, recipe, handler) if plan is None else plan
     by_name = {network.name: network for network in find_sparse_networks(model)[0]}
     if unknown := sorted(set(made.networks) - set(by_name)):
         raise ValueError(f"plan: expected networks of the model, got {unknown}; it has e.g. {list(by_name)[:3]}")
