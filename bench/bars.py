@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import dyad_bars, fftconv_bars, quik_bars, relu_bars
+from . import dyad_bars, fftconv_bars, quik_bars, relu_bars, runtime_bars
 from .report import COLD, Row, figure, read_jsonl, set_vs_best
 from .verdict import Finding, Verdict
 
@@ -26,7 +26,6 @@ AGAINST_BEST = {4: 1.15, 3: 2.0, 2: 1.3}  # M = 1, 1 thread
 AGAINST_BEST_4BIT = {4: 1.3, 8: 1.3, 16: 1.3, 32: 1.3, 128: 1.1}  # M -> least
 PEAK, PEAK_FROM_M = 0.70, 32
 OUTLIER_COST = 1.15
-DECODE, PREFILL = 1.5, 1.0
 
 
 class Rows:
@@ -70,7 +69,7 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
     verdicts = []
     for threads in sorted({r.threads for r in rows}):
         verdicts += linear_bars(Rows(rows, threads))
-        verdicts += model_bars(Rows(rows, threads))
+        verdicts += runtime_bars.judge(rows, threads)
         verdicts += fftconv_bars.judge(rows, threads)
         verdicts += dyad_bars.judge(rows, threads)
         verdicts += quik_bars.judge(rows, threads)
@@ -126,14 +125,6 @@ def linear_bars(rows: Rows) -> Iterator[Verdict]:
     )
     avx2 = [r for r in rows.all if r.ours and r.isa == "avx2" and r.case == INT8]
     yield verdict("AVX2 tier reported (share of its roofline)", 0.0, avx2, lambda r: r.roofline)
-
-
-def model_bars(rows: Rows) -> Iterator[Verdict]:
-    """The bars of whole models: the best compressed one against PyTorch bf16 eager, same loop."""
-    for kind, least in (("decode", DECODE), ("prefill", PREFILL)):
-        found = [r for r in rows.all if r.op == "runtime" and r.ours and r.case.startswith(kind) and r.vs_best]
-        values = tuple(Finding(r.vs_best, r.case) for r in found if "llm-mq" in r.case)
-        yield Verdict(f"SmolLM2 {kind}: x PyTorch bf16 eager", rows.threads, least, values, op="runtime")
 
 
 def vs_best(row: Row) -> float | None:

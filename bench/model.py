@@ -1,8 +1,10 @@
-"""Whole models: tokens per second of decoding and of reading a prompt, batch 1, one `generate` loop for all in PyTorch.
+"""Whole models: tokens per second of decoding, alone and BATCH sequences at once, and of reading a prompt; all greedy.
 
-Decoding is timed as generate(NEW tokens) less generate(1 token), per token. The models take turns, so that drift hits
-all. match: mean Kullback-Leibler divergence, in nats, of the next-token distributions from those of a float32 PyTorch
-model with the very same (dequantised) weights, over KL_BOUND, which is a convention of this table, not a derivation.
+effk runs on its runtime (effk.runtime), PyTorch by transformers' `generate`, llama.cpp through its Python package. Decoding is
+timed as NEW tokens less one, per token. "step" is effk's decoding without Python and sampling: the operation alone. The
+models take turns, so that drift hits all. vs_best: against the fastest competitor. match: mean Kullback-Leibler divergence,
+in nats, of the next-token distributions from those of a float32 PyTorch model with the very same (dequantised) weights, over
+KL_BOUND, which is a convention of this table, not a derivation.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ import effk
 from effk.compress.passes.rtn import Rtn
 from effk.hub.models import smollm2, smollm2_path
 from effk.nn import WqEmbedding, WqLinear, WqTiedHead
+from effk.runtime.decoder import Decoder
 
 from . import machine
 from .report import OURS, Row, print_table
 from .timing import ForeignCpu
 
 NAME = "SmolLM2-135M-Instruct"
-PROMPT, NEW, ROUNDS = 512, 64, 5
+PROMPT, NEW, ROUNDS, BATCH = 512, 64, 5, 8
 DECODE_PROMPT = 16
 POSITIONS = (63, 127, 255, 511)  # where distributions are compared
 KL_BOUND = 0.02
@@ -51,21 +54,23 @@ class Runtime:
     decode: Callable[[int], float]  # new tokens -> seconds, prompt included
     prefill: Callable[[], float]  # seconds
     divergence: float
+    batch: Callable[[], float] | None = None  # seconds of a step of BATCH sequences
+    step: Callable[[], float] | None = None  # seconds of the operation of a step
 
 
 @torch.no_grad()
 def run(threads: int, quick: bool, folders: list[Path], console: Console) -> list[Row]:
-    """Measures every runtime and prints the table; `folders` hold models saved by effk, else one is compressed here."""
+    """Measures every runtime and prints the table: models compressed here, and those of `folders`, saved by effk."""
     ids = torch.randint(1000, 20000, (1, PROMPT), generator=torch.Generator().manual_seed(0))
     console.log("loading the model (about 20 s)")
     runtimes = [torch_runtime(ids)]
     for folder in folders:
         console.log(f"loading {folder}")
         runtimes.append(effk_runtime(effk.load(folder), ids))
-    if not folders:
-        console.log("compressing with rtn, 4 bits")
+    for compute in ("int8", "float"):
+        console.log(f"compressing with rtn, 4 bits, {compute}")
         model, _ = smollm2(torch.float32)
-        effk.compress(model, Rtn(bits=4, group_size=64, compute="int8"))
+        effk.compress(model, Rtn(bits=4, group_size=64, embedding_bits=8, compute=compute))
         runtimes.append(effk_runtime(model, ids))
     try:
         runtimes += llama_runtimes(ids, threads, quick, console)
@@ -82,29 +87,39 @@ def run(threads: int, quick: bool, folders: list[Path], console: Console) -> lis
 def measure(runtimes: list[Runtime], threads: int, rounds: int, console: Console) -> list[Row]:
     """Rows for decoding and for reading the prompt; vs_best against the PyTorch bf16 model."""
     foreign, seconds = ForeignCpu(), {}
+
+    def note(runtime: Runtime, kind: str, value: float) -> None:
+        seconds.setdefault((id(runtime), kind), []).append(value)
+
     for r in range(rounds):
         for runtime in runtimes[r % len(runtimes) :] + runtimes[: r % len(runtimes)]:
             runtime.decode(2)
-            token = (runtime.decode(NEW) - runtime.decode(1)) / (NEW - 1)
+            note(runtime, "decode", (runtime.decode(NEW) - runtime.decode(1)) / (NEW - 1))
             runtime.prefill()
-            seconds.setdefault((id(runtime), "decode"), []).append(token)
-            seconds.setdefault((id(runtime), "prefill"), []).append(runtime.prefill() / PROMPT)
+            note(runtime, "prefill", runtime.prefill() / PROMPT)
+            for kind, call, tokens in (("batch", runtime.batch, BATCH), ("step", runtime.step, 1)):
+                if call is not None:
+                    call()
+                    note(runtime, kind, statistics.median(call() for _ in range(NEW)) / tokens)
     console.log(f"foreign CPU while measuring: {foreign.share():.1%} of a core")
     probe = machine.DramProbe(threads)
     dram = statistics.median(probe.read() for _ in range(20))
     rows = []
-    for kind in ("decode", "prefill"):
-        base = statistics.median(seconds[id(runtimes[0]), kind])
+    for kind in ("decode", "batch", "step", "prefill"):
+        medians = {id(r): statistics.median(seconds[id(r), kind]) for r in runtimes if (id(r), kind) in seconds}
+        best = min((medians[id(r)] for r in runtimes if id(r) in medians and r.backend != OURS), default=None)
         for runtime in runtimes:
+            if id(runtime) not in medians:
+                continue
             times = [s * 1e6 for s in seconds[id(runtime), kind]]
-            us = statistics.median(times)
+            us = medians[id(runtime)] * 1e6
             spread = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [us] * 3
-            gbps = runtime.nbytes / us / 1e3 if kind == "decode" else None
+            gbps = runtime.nbytes / us / 1e3 if kind in ("decode", "step") else None
             keys = {
                 "model": NAME,
-                "prompt": DECODE_PROMPT if kind == "decode" else PROMPT,
-                "new": NEW * (kind == "decode"),
-                "batch": 1,
+                "prompt": PROMPT if kind == "prefill" else DECODE_PROMPT,
+                "new": NEW * (kind != "prefill"),
+                "batch": BATCH if kind == "batch" else 1,
             }
             ours = runtime.backend == OURS
             rows.append(
@@ -122,7 +137,7 @@ def measure(runtimes: list[Runtime], threads: int, rounds: int, console: Console
                     gbps,
                     None,
                     gbps / dram if gbps else None,
-                    base * 1e6 / us if ours else None,
+                    best * 1e6 / us if ours and best else None,
                     runtime.divergence / KL_BOUND,
                     best_us=min(times),
                 )
@@ -138,10 +153,49 @@ def torch_runtime(ids: Tensor) -> Runtime:
     return hf_runtime(model, ids, wanted, "torch eager", torch.__version__, "bf16")
 
 
+@torch.inference_mode()
 def effk_runtime(model: nn.Module, ids: Tensor) -> Runtime:
-    """A compressed model on the kernels, its reference made of its own dequantised weights."""
+    """A compressed model on effk's runtime, its reference made of its own dequantised weights."""
     wanted = logits(dense_copy(model), ids)
-    return hf_runtime(model, ids, wanted, OURS, effk.__version__, label(model))
+    decoder = Decoder.from_model(model)
+    prompt = ids[0].tolist()
+    cache, many = decoder.cache(1, PROMPT + NEW), decoder.cache(BATCH, DECODE_PROMPT + NEW)
+
+    def decode(new: int) -> float:
+        cache.truncate(0, 0)
+        start = time.perf_counter()
+        token = int(decoder.step([(0, prompt[:DECODE_PROMPT])], cache).argmax())
+        for _ in range(new - 1):
+            token = int(decoder.step([(0, [token])], cache).argmax())
+        return time.perf_counter() - start
+
+    def prefill() -> float:
+        cache.truncate(0, 0)
+        start = time.perf_counter()
+        decoder.step([(0, prompt)], cache)
+        return time.perf_counter() - start
+
+    def batch() -> float:
+        if many.lengths[0] in (0, many.capacity):
+            for slot in range(BATCH):
+                many.truncate(slot, 0)
+                decoder.step([(slot, prompt[slot : slot + DECODE_PROMPT])], many)
+        start = time.perf_counter()
+        decoder.step([(slot, [prompt[slot]]) for slot in range(BATCH)], many).argmax(-1).tolist()
+        return time.perf_counter() - start
+
+    def step() -> float:
+        token, run = torch.tensor(prompt[:1]), torch.tensor([[0, NEW, 1]], dtype=torch.int32)
+        out = torch.empty(1, decoder.vocab_size)
+        start = time.perf_counter()
+        torch.ops.effk.decoder_step(decoder._handle, token, run, *cache.tensors, "last", out)
+        return time.perf_counter() - start
+
+    got = decoder.step([(0, prompt)], decoder.cache(1, PROMPT), "all")[list(POSITIONS)].double()
+    dtype = str(model.dtype).removeprefix("torch.")
+    return Runtime(
+        OURS, effk.__version__, label(model), dtype, decoder.weight_bytes, decode, prefill, divergence(wanted, got), batch, step
+    )  # fmt: skip
 
 
 def hf_runtime(model: nn.Module, ids: Tensor, wanted: Tensor, backend: str, version: str, name: str) -> Runtime:

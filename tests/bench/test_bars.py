@@ -133,28 +133,38 @@ def test_fewer_bits_are_faster() -> None:
 
 
 def test_whole_model() -> None:
-    def row(kind: str, vs_best: float) -> Row:
+    def row(case: str, us: float, backend: str = "effk") -> Row:
         return Row(
-            "runtime",
-            f"{kind}, llm-mq 3.0 bits, int8",
-            {"model": "m"},
-            "bfloat16",
-            "avx2",
-            1,
-            "effk",
-            "1",
-            1.0,
-            0.0,
-            None,
-            None,
-            None,
-            vs_best,
-            0.1,
+            "runtime", case, {"model": "m"}, "float32", "avx2", 1, backend, "1", us, 0.0, None, None, 0.7, None, 0.1
         )
 
-    rows = [row("decode", 1.6), row("prefill", 0.9)]
-    assert find(rows, "decode").outcome == "pass"
-    assert find(rows, "prefill").outcome == "fail"
+    rows = [
+        row("decode, bf16", 30.0, "torch eager"),
+        row("decode, Q4_0", 4.0, "llama.cpp"),
+        row("decode, rtn 4.00 bits, int8", 3.0),
+        row("step, rtn 4.00 bits, int8", 2.8),
+        row("batch, rtn 4.00 bits, int8", 0.8),
+        row("decode, rtn 4.00 bits, float", 4.5),
+        row("decode, llm-mq 4.00 bits, int8", 3.0),
+        row("decode, llm-mq 3.00 bits, int8", 2.5),
+        row("prefill, bf16", 3.0, "torch eager"),
+        row("prefill, Q4_0", 2.0, "llama.cpp"),
+        row("prefill, rtn 4.00 bits, int8", 1.25),
+    ]
+    for name, value in (
+        ("4 bits int8: x llama", 4 / 3),
+        ("4 bits float: x llama", 4 / 4.5),
+        ("prompt of 512", 1.6),
+        ("decode, llm-mq: x PyTorch", 10),
+        ("time at 4 bits / at 3 bits", 1.2),
+        ("share of the operation", 2.8 / 3),
+        ("share of the measured bandwidth", 0.7),
+        ("8 sequences", 3.75),
+    ):
+        verdict = find(rows, name)
+        assert verdict.worst.value == pytest.approx(value), name
+        assert verdict.outcome == ("pass" if verdict.worst.value >= verdict.least else "fail")
+    assert find(rows, "8 sequences").outcome == "fail"
 
 
 @pytest.mark.parametrize(("roofline", "code"), [(0.99, 0), (0.1, 1)])

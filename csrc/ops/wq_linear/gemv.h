@@ -1,4 +1,4 @@
-// The inner loop, and the product with one to four rows of x. Part of body.h.
+// The inner loop, and the product with one to eight rows of x. Part of body.h.
 #pragma once
 #include "ops/wq_linear/finish.h"
 
@@ -104,9 +104,9 @@ void gemv_tiles(const Tile& t, const Layout<D, Bits>& layout, float* out, [[mayb
 
 // Outliers that do not run beside the stream come last and together: between the tiles they would break the stream 256
 // times in a 4096 x 4096 product, and x would have to return to the first-level cache each time.
-template <class D, int Bits, int NT> void gemv_run(const Tile& t) {
+template <class D, int Bits, int NT, int Rows> void gemv_run(const Tile& t) {
   const Layout<D, Bits> layout(*t.w, *t.rows);
-  alignas(64) float y[(wq::kMaxGemvTiles + NT) * 4 * 16];
+  alignas(64) float y[(wq::kMaxGemvTiles + NT) * Rows * 16];
   const int m = int(t.rows->m);
   const WqWeight& w = *t.w;
   const auto tiles_from = [&](int i, int wanted) { return t.tiles - i < wanted ? t.tiles - i : wanted; };
@@ -125,24 +125,38 @@ template <class D, int Bits, int NT> void gemv_run(const Tile& t) {
       gathered += ahead;
     }
     float* out = y + i * m * 16;
-    switch (m) {
-      case 1:
-        streamed ? gemv_tiles<D, Bits, 1, NT, true>(part, layout, out, outliers) : gemv_tiles<D, Bits, 1, NT, false>(part, layout, out, outliers);
-        break;
-      case 2: gemv_tiles<D, Bits, 2, NT, false>(part, layout, out, outliers); break;
-      case 3: gemv_tiles<D, Bits, 3, NT, false>(part, layout, out, outliers); break;
-      default: gemv_tiles<D, Bits, 4, NT, false>(part, layout, out, outliers);
+    if constexpr (Rows == 4) {
+      switch (m) {
+        case 1:
+          streamed ? gemv_tiles<D, Bits, 1, NT, true>(part, layout, out, outliers) : gemv_tiles<D, Bits, 1, NT, false>(part, layout, out, outliers);
+          break;
+        case 2: gemv_tiles<D, Bits, 2, NT, false>(part, layout, out, outliers); break;
+        case 3: gemv_tiles<D, Bits, 3, NT, false>(part, layout, out, outliers); break;
+        default: gemv_tiles<D, Bits, 4, NT, false>(part, layout, out, outliers);
+      }
+    } else {
+      switch (m) {
+        case 5: gemv_tiles<D, Bits, 5, NT, false>(part, layout, out, outliers); break;
+        case 6: gemv_tiles<D, Bits, 6, NT, false>(part, layout, out, outliers); break;
+        case 7: gemv_tiles<D, Bits, 7, NT, false>(part, layout, out, outliers); break;
+        default: gemv_tiles<D, Bits, 8, NT, false>(part, layout, out, outliers);
+      }
     }
   }
   finish_tiles<wq::kMaxGemvTiles>(t, 0, m, y, m * 16, w.out_ptr && !streamed);
 }
-template <class D, class D8, int NT> void gemv(const Tile& t) {
+template <class D, class D8, int NT, int Rows> void gemv_bits(const Tile& t) {
   switch (t.w->bits) {
-    case 2: return gemv_run<D, 2, NT>(t);
-    case 3: return gemv_run<D, 3, NT>(t);
-    case 4: return gemv_run<D, 4, NT>(t);
-    default: return gemv_run<D8, 8, NT>(t);
+    case 2: return gemv_run<D, 2, NT, Rows>(t);
+    case 3: return gemv_run<D, 3, NT, Rows>(t);
+    case 4: return gemv_run<D, 4, NT, Rows>(t);
+    default: return gemv_run<D8, 8, NT, Rows>(t);
   }
+}
+template <class D, class D8, int NT> void gemv(const Tile& t) {
+  if constexpr (EFFK_BLOCK_ROWS >= 8)  // 5 to 8 rows: their sums and two tiles fill the registers
+    if (t.rows->m > 4) return gemv_bits<D, D8, (NT < 2 ? NT : 2), 8>(t);
+  gemv_bits<D, D8, NT, 4>(t);
 }
 
 }  // namespace
