@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-OPS = ("wq_linear", "fftconv", "dense_linear", "dyad_linear", "quik_linear", "relu_ffn", "runtime")
+OPS = ("wq_linear", "fftconv", "dense_linear", "dyad_linear", "quik_linear", "relu_ffn", "bitmask_linear", "runtime")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -62,7 +62,8 @@ def main(
             "--kind",
             help="fftconv: forward,forward uncached,gated,backward,decode,memory; dyad_linear: forward, training or "
             "feed-forward, each with fp32 or bf16, e.g. 'forward fp32,training bf16'; quik_linear: product,layer; "
-            "relu_ffn: layer, down, batch or prompt, each with bf16, int8 or int4, e.g. 'layer bf16,down int8'.",
+            "relu_ffn: layer, down, batch or prompt, each with bf16, int8 or int4, e.g. 'layer bf16,down int8'; "
+            "bitmask_linear: int8,float.",
         ),
     ] = "",
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure competitors too.")] = True,
@@ -113,6 +114,11 @@ def main(
         if names := [f"--{name}" for name, value in {"bits": bits, "compute": compute}.items() if value]:
             raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
         quantised(quick, threads, json_file, isa, m, shape, kinds, baselines, console)
+        return
+    if op == "bitmask_linear":
+        if names := [f"--{name}" for name, value in {"bits": bits, "compute": compute}.items() if value]:
+            raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
+        sparse(quick, threads, json_file, isa, m, shape, kinds, baselines, console)
         return
     if op == "relu_ffn":
         if names := [f"--{name}" for name, value in {"m": m, "bits": bits, "compute": compute}.items() if value]:
@@ -276,6 +282,39 @@ def feed_forward(
     with console.status("measuring") as status, torch.inference_mode():
         result = relu_table.run(plan, lambda text: (status.update(text), console.log(text)))
     save(json_file, result, "relu_ffn")
+    report.print_run(result, console)
+
+
+def sparse(
+    quick: bool,
+    threads: int,
+    json_file: Path | None,
+    isa: str,
+    m: str,
+    shape: str,
+    kinds: str,
+    baselines: bool,
+    console: Console,
+) -> None:
+    """The bitmask_linear table."""
+    import torch
+
+    from . import bitmask_linear as problem
+    from . import bitmask_table, measure, report
+
+    plan = bitmask_table.Plan(
+        some_of("--shape", shape, {str(s): s for s in problem.LAYERS}, problem.LAYERS[: 1 if quick else None]),
+        threads,
+        tiers_of(isa),
+        integers(m) if m else (1, 128) if quick else problem.ROWS,
+        some_of("--kind", kinds, {name: name for name in bitmask_table.KINDS}, bitmask_table.KINDS),
+        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
+        turns=3 if quick else 5,
+        baselines=baselines,
+    )
+    with console.status("measuring") as status, torch.inference_mode():
+        result = bitmask_table.run(plan, lambda text: (status.update(text), console.log(text)))
+    save(json_file, result, "bitmask_linear")
     report.print_run(result, console)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from . import dyad_bars, fftconv_bars, quik_bars, relu_bars, runtime_bars
+from . import bitmask_bars, dyad_bars, fftconv_bars, quik_bars, relu_bars, runtime_bars
 from .report import COLD, Row, figure, read_jsonl, set_vs_best
 from .verdict import Finding, Verdict
 
@@ -74,6 +74,7 @@ def judge(rows: Sequence[Row]) -> list[Verdict]:
         verdicts += dyad_bars.judge(rows, threads)
         verdicts += quik_bars.judge(rows, threads)
         verdicts += relu_bars.judge(rows, threads)
+        verdicts += bitmask_bars.judge(rows, threads)
     return verdicts
 
 

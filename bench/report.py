@@ -19,6 +19,7 @@ WITH_KINDS = (
     "dyad_linear",
     "quik_linear",
     "relu_ffn",
+    "bitmask_linear",
 )  # ops whose case starts with what is done
 COLD, WARM = "cold", "warm"
 
@@ -182,6 +183,9 @@ def shape_name(row: Row) -> str:
     if "d_in" in s:
         f_in, f_out = layer_sides(row)
         return f"T={s['T']} {f_in}x{f_out}" + (f" n={s['n']}" if s["n"] > 1 else "")
+    if "sparsity" in s:
+        zeros = f", {s['sparsity']:.0%} zeros" if s["sparsity"] else ""
+        return f"M={s['M']} {s['N']}x{s['K']} {s['bits']}b{zeros}"
     return f"M={s['M']} {s['N']}x{s['K']} {s['bits']}b" if "bits" in s else " ".join(f"{k}={v}" for k, v in s.items())
 
 
