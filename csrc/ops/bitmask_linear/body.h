@@ -18,6 +18,11 @@ namespace {
 
 using namespace effk::bitmask;
 
+// Read once: g++ reads a mask a second time for its count, and 75 % zeros take 3 to 10 % longer (Zen 5).
+EFFK_INLINE uint64_t in_register(uint64_t mask) {
+  __asm__("" : "+r"(mask));
+  return mask;
+}
 EFFK_INLINE int64_t popcount(uint64_t mask) { return __builtin_popcountll(mask); }
 EFFK_INLINE void put(void* y, DType t, int64_t i, float v) {
   if (t == DType::f32) { std::memcpy(static_cast<char*>(y) + 4 * i, &v, 4); return; }
@@ -94,7 +99,7 @@ void stream_int8(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
           if (r % 2 == 0) prefetch(at + kAheadBytes);  // a line for two rows: half of the weight is zero, or more
-          const uint64_t bits = mask[r];
+          const uint64_t bits = in_register(mask[r]);
           acc[r] = dot_u8s8<true>(acc[r], codes, expand64(at, bits));
           at += popcount(bits);
         }

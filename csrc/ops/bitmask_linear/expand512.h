@@ -12,7 +12,7 @@ namespace {
 using effk::bitmask::Values;
 
 constexpr int kTileRows = 8, kTileTokens = 3;
-constexpr int64_t kAheadBytes = 4096;
+constexpr int64_t kAheadBytes = 8192;  // 4096 reaches 85 to 100 % of its speed, 2048 80 to 88 %, none 50 to 95 % (Zen 5, from memory)
 
 EFFK_INLINE vf expand_lanes(vf v, __mmask16 mask) {
   __asm__("vexpandps %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(mask));
