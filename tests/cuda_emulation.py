@@ -28,6 +28,7 @@ QUIK = "csrc/ops/quik_linear"
 QUIK_KERNELS = [f"{QUIK}/{name}.cu" for name in ("cuda", "cuda_float", "cuda_mma_w8", "cuda_mma_w4", "cuda_mma_int4")]
 RELU = "csrc/ops/relu_ffn"
 RELU_KERNELS = [f"{RELU}/{name}.cu" for name in ("cuda", "cuda_f32", "cuda_bf16", "cuda_f16", "cuda_i8", "cuda_i4")]
+BITMASK = "csrc/ops/bitmask_linear"
 TIME_LIMIT_S = 120  # of one run of a program: a kernel that hangs is a failure
 
 
@@ -125,6 +126,12 @@ class Build:
         sources = [*RELU_KERNELS, "csrc/emu/cuemu.cpp", "tests/cuda/driver_relu.cpp"]
         changed = set(changed)
         return self.link("driver_relu", [self.object(source, anew=source in changed) for source in sources])
+
+    def bitmask_driver(self, changed: Iterable[str] = ()) -> Path:
+        """tests/cuda/driver_bitmask.cpp; ``changed`` files are compiled anew."""
+        sources = [f"{BITMASK}/cuda.cu", "csrc/emu/cuemu.cpp", "tests/cuda/driver_bitmask.cpp"]
+        changed = set(changed)
+        return self.link("driver_bitmask", [self.object(source, anew=source in changed) for source in sources])
 
     def program(self, source: str) -> Path:
         """A program of one file and the emulation."""

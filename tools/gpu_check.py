@@ -333,6 +333,11 @@ def main() -> int:
     check.run("build_driver_quik", [nvcc(check, "driver_quik", "tests/cuda/driver_quik.cpp", libraries=[kernels])], 120)
     check.run("build_driver_relu", [nvcc(check, "driver_relu", "tests/cuda/driver_relu.cpp", libraries=[kernels])], 120)
     check.run(
+        "build_driver_bitmask",
+        [nvcc(check, "driver_bitmask", "tests/cuda/driver_bitmask.cpp", libraries=[kernels])],
+        120,
+    )
+    check.run(
         "primitives",
         [nvcc(check, "primitives", "tests/cuda/primitives.cu"), [str(BUILD / "primitives")]],
         60,
@@ -344,6 +349,7 @@ def main() -> int:
     check.run("driver_dyad", [[str(BUILD / "driver_dyad"), "large"]], 60)
     check.run("driver_quik", [[str(BUILD / "driver_quik")]], 60)
     check.run("driver_relu", [[str(BUILD / "driver_relu")]], 60)
+    check.run("driver_bitmask", [[str(BUILD / "driver_bitmask")]], 60)
     if args.lab:
         check.run("lab", [nvcc(check, "lab", "bench/lab/cuda_wq_linear.cu"), [str(BUILD / "lab")]], 150)
         lab = nvcc(check, "lab_fftconv", "bench/lab/cuda_fftconv.cu", libraries=[kernels])
@@ -411,7 +417,7 @@ def main() -> int:
                 [[sanitizer, "--tool", tool, "--error-exitcode", "3", str(BUILD / "driver"), "4"]],
                 60,
             )
-            for op in ("fftconv", "dyad", "quik", "relu"):
+            for op in ("fftconv", "dyad", "quik", "relu", "bitmask"):
                 program = str(BUILD / f"driver_{op}")
                 check.run(
                     f"sanitizer_{tool}_{op}",

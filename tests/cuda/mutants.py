@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[1])]
 from cuda_emulation import (  # noqa: E402
+    BITMASK,
     DENSE,
     DYAD,
     FFTCONV,
@@ -42,6 +43,7 @@ GEMM, FFMA, DENSE_CU, DYAD_CU = f"{DENSE}/cuda_mma.h", f"{DENSE}/cuda_ffma.cu", 
 QUIK_MMA, QUIK_CU, QUIK_FLOAT = f"{QUIK}/cuda_mma.h", f"{QUIK}/cuda.cu", f"{QUIK}/cuda_float.cu"
 QUIK_FILES = [f"{QUIK}/cuda_mma_{name}.cu" for name in ("w8", "w4", "int4")]
 RELU_CU, RELU_ROWS, NEURONS = f"{RELU}/cuda.cu", f"{RELU}/cuda_rows.h", f"{RELU}/cuda_neurons.h"
+BITMASK_CU = f"{BITMASK}/cuda.cu"
 RELU_FILES = [f"{RELU}/cuda_{name}.cu" for name in ("f32", "bf16", "f16", "i8", "i4")]
 MMA_FILES = [f"{DENSE}/cuda_mma_{name}.cu" for name in ("f16", "bf16")]
 
@@ -79,8 +81,15 @@ class Mutant:
         return self.file.startswith(RELU)
 
     @property
+    def bitmask(self) -> bool:
+        """Whether it is bitmask_linear's; the same."""
+        return self.file.startswith(BITMASK)
+
+    @property
     def changed(self) -> list[str]:
         """The sources that contain the file."""
+        if self.bitmask:
+            return [self.file]
         if self.relu:
             # Two types of rows are enough for what does not look at them.
             return {RELU_CU: [RELU_CU], NEURONS: RELU_FILES[:2]}.get(self.file, [RELU_CU, *RELU_FILES])
@@ -348,6 +357,28 @@ MUTANTS = [
     Mutant("relu: x of tokens behind the last", NEURONS, "    if (token < tokens) {\n      const int64_t row", "    {\n      const int64_t row", sanitized=True),
     Mutant("relu: results behind the last column", RELU_CU, "  if (column >= p.d_out) return;\n", "", sanitized=True),
     Mutant("relu: shared memory 64 bytes short", NEURONS, "* kChunk * 4;", "* kChunk * 4 - 64;", sanitized=True),
+    # bitmask_linear
+    Mutant("bitmask: no barrier after the counts of the warps", BITMASK_CU, "  if (lane == 0) counts[warp] = count;\n  __syncthreads();", "  if (lane == 0) counts[warp] = count;", ci=True),
+    Mutant("bitmask: no barrier before the parts are added", BITMASK_CU, "parts[warp][r * T + t] = sum; });\n  __syncthreads();", "parts[warp][r * T + t] = sum; });"),
+    Mutant("bitmask: no barrier before the largest is known", BITMASK_CU, "largest[threadIdx.x / 32] = most;\n  __syncthreads();", "largest[threadIdx.x / 32] = most;"),
+    Mutant("bitmask: values of the panel's start", BITMASK_CU, "  for (int w = 0; w < warp; ++w) s.at += counts[w];", ""),
+    Mutant("bitmask: words of a run not counted", BITMASK_CU, "    at += all;", ""),
+    Mutant("bitmask: the upper half counts only its own bits", BITMASK_CU, "(lane < 16 ? 0 : __popc(low)) + ", ""),
+    Mutant("bitmask: own bit counted", BITMASK_CU, "(1u << place) - 1));", "(2u << place) - 1));"),
+    Mutant("bitmask: second value where the first is", BITMASK_CU, "values[index + one] : E(0);", "values[index] : E(0);", ci=True),
+    Mutant("bitmask: columns of the other block", BITMASK_CU, "const int64_t column = block * kBlock + 2 * lane;", "const int64_t column = (block ^ 1) % p.blocks * kBlock + 2 * lane;"),
+    Mutant("bitmask: parts of the last warp left out", BITMASK_CU, "for (int part = 1; part < kWarps; ++part) sum +=", "for (int part = 1; part < kWarps - 1; ++part) sum +="),
+    Mutant("bitmask: scale of the first group", BITMASK_CU, "block * kBlock / w.group] : 1.0f", "0] : 1.0f"),
+    Mutant("bitmask: groups end at every block", BITMASK_CU, "p.unit = a.w.group ? int(a.w.group / kBlock) : 1;", "p.unit = 1;"),
+    Mutant("bitmask: the last group is not added", BITMASK_CU, "group < p.groups; ++group", "group < p.groups - 1; ++group"),
+    Mutant("bitmask: sums of a group are kept", BITMASK_CU, "        sums[r][t] = 0;", ""),
+    Mutant("bitmask: codes cut, not rounded", BITMASK_CU, "int8_t(rintf(", "int8_t(("),
+    Mutant("bitmask: what a code is worth, of the first token", BITMASK_CU, "__fmul_rn(y, p.scale[token])", "__fmul_rn(y, p.scale[0])"),
+    Mutant("bitmask: no bias", BITMASK_CU, "if (p.a.bias) y = ", "if (p.a.bias && row < 0) y = "),
+    Mutant("bitmask: rows behind the last stored", BITMASK_CU, "if (r >= kRows || row >= w.n || token >= p.a.m) return;", "if (r >= kRows || token >= p.a.m) return;", sanitized=True),
+    Mutant("bitmask: tokens behind the last read", BITMASK_CU, "      if (token0 + t >= p.a.m) continue;\n", "", sanitized=True),
+    Mutant("bitmask: words behind the last read", BITMASK_CU, "b + lane / kRows < share.last ? masks", "true ? masks", sanitized=True),
+    Mutant("bitmask: shared memory of one group short", BITMASK_CU, "p.groups * kRows * tokens * 4 : 0", "(p.groups - 1) * kRows * tokens * 4 : 0", sanitized=True),
 ]  # fmt: skip
 
 
@@ -380,7 +411,12 @@ def prepare(folder: Path, mutants: list[Mutant]) -> str:
         for order in ORDERS:
             if (result := run(program, "quick", order=order)).returncode != 0:
                 return f"relu without a planted bug, order {order}:\n{result.stdout}{result.stderr}"
-    others = [m for m in mutants if not (m.fftconv or m.dyad or m.quik or m.relu)]
+    for sanitized in sorted({m.sanitized for m in mutants if m.bitmask}):
+        program = originals(folder, sanitized).bitmask_driver()
+        for order in ORDERS:
+            if (result := run(program, "quick", order=order)).returncode != 0:
+                return f"bitmask without a planted bug, order {order}:\n{result.stdout}{result.stderr}"
+    others = [m for m in mutants if not (m.fftconv or m.dyad or m.quik or m.relu or m.bitmask)]
     for bits, sanitized in sorted({(m.bits, m.sanitized) for m in others}):
         program = originals(folder, sanitized).driver([bits])
         for order in ORDERS:
@@ -407,6 +443,8 @@ def plant(folder: Path, mutant: Mutant, *, first: bool = False) -> str:
         cases: object = "quick"
         if mutant.quik or mutant.relu:
             program = build.quik_driver(mutant.changed) if mutant.quik else build.relu_driver(mutant.changed)
+        elif mutant.bitmask:
+            program = build.bitmask_driver(mutant.changed)
         elif mutant.dyad or mutant.fftconv:
             program = build.dyad_driver(mutant.changed) if mutant.dyad else build.fftconv_driver(mutant.changed)
         else:

@@ -80,6 +80,15 @@ def test_relu_sanitized(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_bitmask_sanitized(tmp_path: Path) -> None:
+    program = Build(tmp_path, SANITIZE).bitmask_driver()
+    for order in (*ORDERS, "11") if ALL else ORDERS:
+        result = run(program, order=order)
+        assert result.returncode == 0, f"order {order}:\n{result.stdout}{result.stderr}"
+        assert ", 0 failed" in result.stdout
+
+
+@pytest.mark.slow
 def test_planted_bugs_are_caught(tmp_path: Path) -> None:
     mutants = load_mutants()
     chosen = [m for m in mutants.MUTANTS if ALL or m.ci]

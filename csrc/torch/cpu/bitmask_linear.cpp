@@ -7,71 +7,18 @@
 #include <vector>
 
 #include "common/half.h"
-#include "torch/fftconv_args.h"
+#include "torch/bitmask_linear_args.h"
 
 namespace effk::binding {
 namespace {
 
 using bitmask::Values;
 
-constexpr int64_t kMaxColumns = 131071;  // of int8 values: 127 * 128 * k < 2^31
-
-Values values_of(const Arg& arg, const View& v) {
-  if (v.dtype == dtypes().f32) return Values::f32;
-  if (v.dtype == dtypes().bf16) return Values::bf16;
-  if (v.dtype == dtypes().i8) return Values::i8;
-  arg.fail("float32, bfloat16 or int8", dtype_name(v.dtype));
-}
-
-// The size of groups of scales [n, groups]: there is one for each number of groups, up to equal cuts; 0: one a row.
-int64_t group_of(const Arg& arg, const View& s, int64_t n, int64_t k) {
-  if (s.dim == 2 && s.sizes[0] == n) {
-    if (s.sizes[1] == 1) return 0;
-    const int64_t blocks = bitmask::blocks(k);
-    for (int64_t g = 1; g < blocks; ++g)
-      if (bitmask::groups(k, g * bitmask::kBlock) == s.sizes[1]) return g * bitmask::kBlock;
-  }
-  arg.fail("float32 [" + std::to_string(n) + ", groups] with one group a row, or groups of a multiple of 64 of " + std::to_string(k) + " columns", s.text());
-}
-
-void check_sides(const char* op, int64_t n, int64_t k, Values type) {
-  EFFK_CHECK(n >= 1, op, ": n: expected at least 1, got ", n);
-  EFFK_CHECK(k >= 1, op, ": k: expected at least 1, got ", k);
-  EFFK_CHECK(type != Values::i8 || k <= kMaxColumns, op, ": k: expected at most ", kMaxColumns, " for int8 values, got ", k);
-}
-
-bitmask::Weight make_weight(const char* op, const Tensor& values, const Tensor& masks, const Tensor& ptr, int64_t n, int64_t k, int64_t* stored) {
-  const View v(values), m(masks), p(ptr);
-  const Arg arg{op, "values"};
-  bitmask::Weight w{};
-  w.type = values_of(arg, v);
-  check_sides(op, n, k, w.type);
-  if (v.dim != 1 || v.sizes[0] < bitmask::tail(w.type) || !v.contiguous || !(v.home == kCpu))
-    arg.fail("[values and 64 bytes behind them], contiguous, on cpu", v.text());
-  expect(Arg{op, "masks"}, m, {dtypes().i64}, {bitmask::panels(n), bitmask::blocks(k), bitmask::kRows});
-  expect(Arg{op, "ptr"}, p, {dtypes().i64}, {bitmask::panels(n) + 1});
-  w.values = v.data<uint8_t>(), w.masks = m.data<uint64_t>(), w.ptr = p.data<int64_t>(), w.n = n, w.k = k;
-  *stored = v.sizes[0] - bitmask::tail(w.type);
-  return w;
-}
 // The last element of ptr says how far a kernel reads; what lies between is bitmask_validate's.
 void check_end(const char* op, const bitmask::Weight& w, int64_t stored) {
   const int64_t end = w.ptr[bitmask::panels(w.n)];
   EFFK_CHECK(end == stored, op, ": values: expected the ", end, " that ptr ends with, and 64 bytes behind them, got ", stored);
 }
-void set_scale(const char* op, bitmask::Weight& w, const OptionalTensor& scale) {
-  const Arg arg{op, "scale"};
-  if (w.type != Values::i8) {
-    if (scale) arg.fail(std::string("none for values of ") + bitmask::kValueNames[int(w.type)], View(*scale).text());
-    return;
-  }
-  if (!scale) arg.fail("one for int8 values", "none");
-  const View s(*scale);
-  w.group = group_of(arg, s, w.n, w.k);
-  expect(arg, s, {dtypes().f32}, {w.n, bitmask::groups(w.k, w.group)});
-  w.scale = s.data<float>();
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bitmask_pack(const Tensor& w, const OptionalTensor& keep, const OptionalTensor& scale,
                                                                 const std::string& values, int64_t group) {
   constexpr const char* op = "bitmask_pack";
@@ -125,9 +72,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bitmask_pack(const Tensor& w,
 Tensor bitmask_unpack(const Tensor& values, const Tensor& masks, const Tensor& ptr, const OptionalTensor& scale, int64_t n, int64_t k) {
   constexpr const char* op = "bitmask_unpack";
   int64_t stored;
-  bitmask::Weight w = make_weight(op, values, masks, ptr, n, k, &stored);
+  bitmask::Weight w = make_bitmask(op, values, masks, ptr, n, k, &stored, kCpu);
   check_end(op, w, stored);
-  if (scale) set_scale(op, w, scale);
+  if (scale) set_scale(op, w, scale, kCpu);
   Tensor out = result({n, k}, scale ? dtypes().f32 : View(values).dtype);
   bitmask::unpack(w, static_cast<uint8_t*>(out.mutable_data_ptr()), torch_pool());
   return out;
@@ -136,7 +83,7 @@ Tensor bitmask_unpack(const Tensor& values, const Tensor& masks, const Tensor& p
 Tensor bitmask_validate(const Tensor& values, const Tensor& masks, const Tensor& ptr, int64_t n, int64_t k) {
   constexpr const char* op = "bitmask_validate";
   int64_t stored, at;
-  const bitmask::Weight w = make_weight(op, values, masks, ptr, n, k, &stored);
+  const bitmask::Weight w = make_bitmask(op, values, masks, ptr, n, k, &stored, kCpu);
   const char* wrong = bitmask::validate(w, stored, &at);
   EFFK_CHECK(!wrong, op, ": ", wrong, ", got others in panel ", at);
   Tensor out = empty({1}, dtypes().i64);
@@ -147,32 +94,10 @@ Tensor bitmask_validate(const Tensor& values, const Tensor& masks, const Tensor&
 Tensor bitmask_linear(const Tensor& x, const Tensor& values, const Tensor& masks, const Tensor& ptr, const OptionalTensor& scale,
                       const OptionalTensor& row_sum, const OptionalTensor& bias, int64_t n, int64_t k, const std::string& compute) {
   constexpr const char* op = "bitmask_linear";
-  bitmask::Args a{};
   int64_t stored;
-  a.w = make_weight(op, values, masks, ptr, n, k, &stored);
+  bitmask::Args a = make_bitmask_linear(op, x, values, masks, ptr, scale, row_sum, bias, n, k, compute, &stored, kCpu);
   check_end(op, a.w, stored);
-  set_scale(op, a.w, scale);
-  EFFK_CHECK(compute == "float" || compute == "int8", op, ": compute: expected 'float' or 'int8', got '", compute, "'");
-  a.int8 = compute == "int8";
-  EFFK_CHECK(!a.int8 || a.w.type == Values::i8, op, ": compute: expected 'float' for values of ", bitmask::kValueNames[int(a.w.type)], ", got 'int8'");
-  if (a.int8) {
-    const Arg arg{op, "row_sum"};
-    if (!row_sum) arg.fail("one for compute 'int8'", "none");
-    const View s(*row_sum);
-    expect(arg, s, {dtypes().i32}, {n, bitmask::groups(k, a.w.group)});
-    a.w.row_sum = s.data<int32_t>();
-  }
   const View in(x);
-  const Arg arg{op, "x"};
-  a.dtype = float_dtype_of(arg, in);
-  if (in.dim < 1 || in.sizes[in.dim - 1] != k || !in.contiguous || !(in.home == kCpu)) arg.fail("[..., " + std::to_string(k) + "], contiguous, on cpu", in.text());
-  a.x = in.data(), a.m = in.numel() / k;
-  if (bias) {
-    const View b(*bias);
-    a.bias_dtype = float_dtype_of(Arg{op, "bias"}, b);
-    expect(Arg{op, "bias"}, b, {b.dtype}, {n});
-    a.bias = b.data();
-  }
   std::vector<int64_t> shape(in.sizes, in.sizes + in.dim);
   shape.back() = n;
   Tensor y = result(shape.data(), in.dim, in.dtype);
