@@ -44,7 +44,7 @@ string(REPLACE ";" "," archs "${CMAKE_CUDA_ARCHITECTURES}")
 set(EFFK_CUDA_INFO "nvcc ${CMAKE_CUDA_COMPILER_VERSION}, architectures ${archs}")
 
 # Of each op with CUDA kernels: csrc/ops/<op>/cuda*.cu and the binding csrc/torch/cuda/<op>.cpp.
-set(EFFK_CUDA_OPS wq_linear wq_grouped_linear fftconv depthwise_conv1d dense_linear dyad_linear quik_linear sp24 relu_ffn attention bitmask_linear decoder)
+set(EFFK_CUDA_OPS wq_linear wq_grouped_linear fftconv depthwise_conv1d dense_linear dyad_linear quik_linear sp24 relu_ffn neuron_lists attention bitmask_linear decoder)
 set(kernels "")
 set(bindings csrc/torch/cuda/stream.cpp)
 foreach(op ${EFFK_CUDA_OPS})

@@ -46,6 +46,7 @@ def test_slice_of_the_suite() -> None:
             "quik_linear",
             "sp24",
             "relu_ffn",
+            "neuron_lists",
             "attention",
             "bitmask_linear",
         )

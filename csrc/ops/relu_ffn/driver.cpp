@@ -19,6 +19,12 @@ const Kernel* const kKernels[] = {
 };
 const int kKernelCount = int(sizeof(kKernels) / sizeof(kKernels[0]));
 
+const Kernel& kernel() {
+  for (const Kernel* k : kKernels)
+    if (k->tier <= isa::active()) return *k;
+  return kScalar;
+}
+
 namespace {
 
 using neuron::padded;
@@ -27,12 +33,6 @@ constexpr int64_t kBlock = 256;          // neurons of one item of the first rou
 constexpr int64_t kRowGrain = 64 << 10;  // bytes of rows that are worth a thread
 constexpr double kMostPicked = 0.7;      // share of active neurons from which reading all in order is as fast, measured in bf16 and int8
 constexpr int64_t kSliceUnits = 8;       // narrowest slice of the rows of down: 512 bytes in a run
-
-const Kernel& kernel() {
-  for (const Kernel* k : kKernels)
-    if (k->tier <= isa::active()) return *k;
-  return kScalar;
-}
 
 // Memory of a call, cut in order.
 struct Room {

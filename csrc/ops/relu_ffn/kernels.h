@@ -35,5 +35,6 @@ struct Kernel {
 
 EFFK_EXPORT extern const Kernel* const kKernels[];
 EFFK_EXPORT extern const int kKernelCount;
+const Kernel& kernel();  // of the tier in force
 
 }  // namespace effk::relu_ffn

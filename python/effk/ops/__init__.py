@@ -12,6 +12,7 @@ from . import (
     dyad_linear,
     fftconv,
     monarch,
+    neuron_lists,
     quik_linear,
     relu_ffn,
     sp24,
@@ -21,5 +22,5 @@ from . import (
 
 __all__ = [
     "attention", "bitmask_linear", "decoder", "dense_linear", "depthwise_conv1d", "dyad_linear", "fftconv", "monarch",
-    "quik_linear", "relu_ffn", "sp24", "wq_grouped_linear", "wq_linear",
+    "neuron_lists", "quik_linear", "relu_ffn", "sp24", "wq_grouped_linear", "wq_linear",
 ]  # fmt: skip
