@@ -12,7 +12,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-OPS = ("wq_linear", "fftconv", "dense_linear", "dyad_linear", "quik_linear", "relu_ffn", "bitmask_linear", "runtime")
+OPS = (
+    "wq_linear",
+    "wq_grouped_linear",
+    "fftconv",
+    "dense_linear",
+    "dyad_linear",
+    "quik_linear",
+    "relu_ffn",
+    "bitmask_linear",
+    "runtime",
+)
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -96,6 +106,14 @@ def main(
         rows = runtime.run(threads, quick, model or [], console)
         from .report import write_jsonl
 
+        if json_file:
+            write_jsonl(json_file, rows)
+        return
+    if op == "wq_grouped_linear":
+        from . import wq_grouped_linear
+        from .report import write_jsonl
+
+        rows = wq_grouped_linear.run(threads, quick, integers(bits) if bits else (4,), console)
         if json_file:
             write_jsonl(json_file, rows)
         return

@@ -25,15 +25,18 @@ register_with_transformers()
 
 if TYPE_CHECKING:
     from . import compress, formats, nn, runtime
+    from .compress.auto import auto
 
 __version__ = version("effk")
-__all__ = ["compress", "formats", "hub", "isa", "load", "nn", "ops", "runtime", "save"]
+__all__ = ["auto", "compress", "formats", "hub", "isa", "load", "nn", "ops", "runtime", "save"]
 
 # Imported when first used: transformers alone takes longer than everything above.
 _LAZY_MODULES = ("compress", "formats", "nn", "runtime")
 
 
 def __getattr__(name: str) -> Any:
+    if name == "auto":
+        return importlib.import_module(f"{__name__}.compress.auto").auto
     if name in _LAZY_MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module 'effk' has no attribute {name!r}")

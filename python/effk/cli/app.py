@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from .auto import auto
 from .bench import bench
 from .compress import compress
 from .demo import demo
@@ -77,6 +78,7 @@ def options(
 
 
 app.command()(compress)
+app.command()(auto)
 app.command("eval")(evaluate)
 app.command()(generate)
 app.command()(serve)

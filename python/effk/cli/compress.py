@@ -61,8 +61,8 @@ def compress(
         raise ValueError("--plan-only: expected no --plan beside it: that one is made already")
     chosen, given_plan = _recipe_and_plan(plan, recipe, bits, group, compute, embedding_bits, settings)
     wanted = parse_dtype(dtype)
-    _check_source(model)
-    _check_target(out, optional=plan_only)
+    check_source(model)
+    check_target(out, optional=plan_only)
     check_windows(("--calib-length", "--calib-sequences"), calib_length, calib_sequences)
     texts = [read_text("--calib", path) for path in calib or ()]
 
@@ -87,7 +87,7 @@ def compress(
     if plan_only:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
-            _write(out, PLAN, made.to_json())
+            write(out, PLAN, made.to_json())
             say(f"wrote {out / PLAN}; edit it and apply it with --plan")
         text = made.to_json()
         result({"plan": json.loads(text)}, as_json, text if out is None else plan_table(made))
@@ -95,7 +95,7 @@ def compress(
 
     opened.model.to(wanted or opened.dtype)
     hub.save(opened.model, out, opened.tokenizer)
-    _write(out, PLAN, report.plan.to_json())
+    write(out, PLAN, report.plan.to_json())
     report.save(str(out / REPORT))
     say(f"wrote {out}")
     record = {"out": str(out), "recipe": chosen.to_json(), "report": report.to_json()}
@@ -144,12 +144,13 @@ def _recipe_and_plan(
     return recipe_from_json(loaded.recipe), loaded
 
 
-def _check_source(model: str) -> None:
+def check_source(model: str) -> None:
+    """Refuse a model that effk wrote."""
     if (model != "smollm2" or Path(model).exists()) and is_compressed(read_config(Path(model))):
         raise ValueError(f"MODEL: expected a model that is not compressed yet, got {model!r}, which effk wrote")
 
 
-def _check_target(out: Path | None, *, optional: bool) -> None:
+def check_target(out: Path | None, *, optional: bool) -> None:
     """Refuse, before any work, a folder that cannot be written or that holds something else."""
     if out is None:
         if not optional:
@@ -181,5 +182,6 @@ def _check_space(out: Path | None, opened: Opened) -> None:
         raise ValueError(f"--out: expected at least {least / 1e6:.0f} MB free, got {free / 1e6:.0f} MB at {str(out)!r}")
 
 
-def _write(folder: Path, name: str, text: str) -> None:
+def write(folder: Path, name: str, text: str) -> None:
+    """Replace a file in one step."""
     publish(write_temporary(folder, lambda path: path.write_text(text, encoding="utf-8")), folder / name)

@@ -20,6 +20,7 @@ _STAGES = {
     "score": "scoring bit-widths",
     "plan": "planning",
     "apply": "compressing layers",
+    "search": "trying recipes",
     "evaluate": "evaluating windows",
 }
 
