@@ -71,7 +71,7 @@ def run(threads: int, quick: bool, folders: list[Path], console: Console) -> lis
         console.log(f"compressing with rtn, 4 bits, {compute}")
         model, _ = smollm2(torch.float32)
         effk.compress(model, Rtn(bits=4, group_size=64, embedding_bits=8, compute=compute))
-        runtimes.append(effk_runtime(model, ids))
+        runtimes.append(effk_runtime(model if compute == "int8" else model.to(torch.bfloat16), ids))
     try:
         runtimes += llama_runtimes(ids, threads, quick, console)
     except ImportError as error:

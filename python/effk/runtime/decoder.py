@@ -25,8 +25,8 @@ _STEP_ROWS = 512  # of one call: more gain nothing (weights are read once per 51
 class Decoder:
     """Runs the layers of a transformer in one call a step, over a preallocated cache.
 
-    ``dtype`` is that of x in products: "bf16" for models in bf16 whose layers are dense, else "fp32". Everything between the
-    products is fp32. Sharing: weights of compressed layers are used where they are; dense ones are packed once.
+    ``dtype`` is that of x in products: "bf16" for models in bf16 unless their layers round x to integers, else "fp32". Everything
+    between the products is fp32. Sharing: weights of compressed layers are used where they are; dense ones are packed once.
     """
 
     def __init__(self, structure: Structure, dtype: str = "fp32") -> None:
@@ -65,8 +65,8 @@ class Decoder:
         structure = structure_of(model)
         if dtype is None:
             first = structure.blocks[0].qkv[0] if structure.blocks else None
-            plain = not isinstance(first, (WqLinear, QuikLinear))
-            dtype = "bf16" if plain and model.dtype == torch.bfloat16 else "fp32"
+            rounds = isinstance(first, QuikLinear) or (isinstance(first, WqLinear) and first.compute == "int8")
+            dtype = "bf16" if model.dtype == torch.bfloat16 and not rounds else "fp32"
         return cls(structure, dtype)
 
     def cache(self, sequences: int, capacity: int, dtype: str = "fp16") -> KVCache:
