@@ -1,7 +1,7 @@
 // Activations on 16 fp32 lanes. Included by a tier after its vector header.
 //
 // exp: 2^n times a polynomial of degree 6 on |r| <= ln 2 / 2, 1e-7 relative on [-87.3, 88.3], clamped to its ends beyond.
-// exp2: the same with degree 5, exact in 0, 2e-7 relative on [-126, 127]; 0 from -126.5 down, also for -infinity.
+// exp2: the same with degree 5, exact in 0, 2e-7 relative on [-126, 127]; 0 for -infinity.
 // silu and gelu_tanh x / (1 + exp(-z)): 3e-7 relative, 1e-36 absolute where exp was clamped. gelu max(x, 0) - a Phi(-a),
 // a = |x|, Phi(-a) = exp(-a^2/2) t P(t), t = 1 / (1 + 0.35 a): 2e-7 max(1, |x|) absolute. The polynomials were fitted for this file
 // (weighted least squares, relative error 3e-9 and 3e-8). NaN stays NaN.
@@ -24,15 +24,14 @@ EFFK_INLINE vf exp_f(vf x) {
   return mul_f(p, as_float(shift_left<23>(add_i(n, set_i(127)))));
 }
 EFFK_INLINE vf exp2_f(vf x) {
-  x = max_f(set_f(-127.0f), min_f(set_f(127.0f), x));  // in this order NaN stays
-  const vi n = round_to_int(x);
-  const vf r = sub_f(x, to_float(n));
+  x = max_f(set_f(kZeroPower), x);  // in this order NaN stays
+  const vf n = round_f(x), r = sub_f(x, n);
   vf p = mac(set_f(0.0013264727f), r, set_f(0.009671513f));
   p = mac(p, r, set_f(0.055507336f));
   p = mac(p, r, set_f(0.24022242f));
   p = mac(p, r, set_f(0.693147f));
   p = mac(p, r, set_f(1.0f));
-  return mul_f(p, as_float(shift_left<23>(add_i(n, set_i(127)))));
+  return times_power(p, n);
 }
 EFFK_INLINE vf over_one_plus_exp(vf x, vf z) { return div_f(x, add_f(set_f(1.0f), exp_f(z))); }
 EFFK_INLINE vf gelu_f(vf x) {

@@ -53,6 +53,13 @@ EFFK_INLINE vi mul_i(vi a, vi b) { return {_mm256_mullo_epi32(a.a, b.a), _mm256_
 EFFK_INLINE vi max_i(vi a, vi b) { return {_mm256_max_epi32(a.a, b.a), _mm256_max_epi32(a.b, b.b)}; }
 EFFK_INLINE vf to_float(vi v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 EFFK_INLINE vi round_to_int(vf v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
+EFFK_INLINE vf round_f(vf v) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(v.a, kNearest), _mm256_round_ps(v.b, kNearest)};
+}
+constexpr float kZeroPower = -127;
+EFFK_INLINE __m256 power_half(__m256 n) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23)); }
+EFFK_INLINE vf times_power(vf v, vf n) { return {_mm256_mul_ps(v.a, power_half(n.a)), _mm256_mul_ps(v.b, power_half(n.b))}; }
 EFFK_INLINE vf add_f(vf a, vf b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
 EFFK_INLINE vf sub_f(vf a, vf b) { return {_mm256_sub_ps(a.a, b.a), _mm256_sub_ps(a.b, b.b)}; }
 EFFK_INLINE vf mul_f(vf a, vf b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }

@@ -49,6 +49,10 @@ EFFK_INLINE vi mul_i(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
 EFFK_INLINE vi max_i(vi a, vi b) { return _mm512_max_epi32(a, b); }
 EFFK_INLINE vf to_float(vi v) { return _mm512_cvtepi32_ps(v); }
 EFFK_INLINE vi round_to_int(vf v) { return _mm512_cvtps_epi32(v); }
+EFFK_INLINE vf round_f(vf v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// v 2^n for whole n up to 127; 0 for n = kZeroPower and v below 2.
+constexpr float kZeroPower = -160;
+EFFK_INLINE vf times_power(vf v, vf n) { return _mm512_scalef_ps(v, n); }
 EFFK_INLINE vf add_f(vf a, vf b) { return _mm512_add_ps(a, b); }
 EFFK_INLINE vf sub_f(vf a, vf b) { return _mm512_sub_ps(a, b); }
 EFFK_INLINE vf mul_f(vf a, vf b) { return _mm512_mul_ps(a, b); }

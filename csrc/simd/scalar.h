@@ -51,6 +51,9 @@ EFFK_INLINE vi mul_i(vi a, vi b) { return make_i([&](int l) { return uint32_t(a.
 EFFK_INLINE vi max_i(vi a, vi b) { return make_i([&](int l) { return a.v[l] > b.v[l] ? a.v[l] : b.v[l]; }); }
 EFFK_INLINE vf to_float(vi a) { return make_f([&](int l) { return float(a.v[l]); }); }
 EFFK_INLINE vi round_to_int(vf a) { return make_i([&](int l) { return int32_t(std::nearbyintf(a.v[l])); }); }
+EFFK_INLINE vf round_f(vf a) { return make_f([&](int l) { return std::nearbyintf(a.v[l]); }); }
+constexpr float kZeroPower = -127;
+EFFK_INLINE vf times_power(vf a, vf n) { return make_f([&](int l) { return a.v[l] * bits_float(uint32_t(int32_t(n.v[l]) + 127) << 23); }); }
 EFFK_INLINE vf add_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] + b.v[l]; }); }
 EFFK_INLINE vf sub_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] - b.v[l]; }); }
 EFFK_INLINE vf mul_f(vf a, vf b) { return make_f([&](int l) { return a.v[l] * b.v[l]; }); }

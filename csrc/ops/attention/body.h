@@ -20,8 +20,9 @@ constexpr float kLast[32] = {EFFK_16(-kInf), EFFK_16(kInf)};   // from 16 - n on
 #undef EFFK_16
 EFFK_INLINE int64_t within(int64_t n, int64_t low, int64_t high) { return n < low ? low : n > high ? high : n; }
 
-// Positions of one block: [from, to) of [begin, begin + kBlock) are cached and not behind every window.
-struct Block { int64_t begin, from, to; };
+// Positions of one block: [from, to) of [begin, begin + kBlock) are cached and not behind every window. Bytes from its keys and values to
+// those that are fetched meanwhile, 0: nothing.
+struct Block { int64_t begin, from, to, keys_ahead, values_ahead; };
 
 // What a row sees of a block, as lanes.
 struct Seen { int64_t from, to; };
@@ -31,17 +32,19 @@ EFFK_INLINE Seen seen_by(const Tile& t, int64_t row, const Block& b) {
   return {(from > b.from ? from : b.from) - b.begin, (p + 1 < b.to ? p + 1 : b.to) - b.begin};
 }
 
-// Rows [r0, r0 + rows) over one block; K and V: how their keys and values lie at k and v.
-template <Type K, Type V>
-void attend_group(const Tile& t, int64_t r0, int rows, const Block& b, const uint8_t* k, const uint8_t* v, float* lanes, const State& state) {
+// What rows keep between the two products of a block, and their running sums of weights by lanes.
+struct Between { float *weights /* [rows][kBlock] */, *alpha /* [rows, and 16 more] */, *lanes /* [rows][16] */; };
+
+// Weights of the rows [r0, r0 + rows) for one block whose keys lie at k as K says.
+template <Type K> void score_group(const Tile& t, int64_t r0, int rows, const Block& b, const uint8_t* k, const Between& m, const State& state) {
   const Seen first = seen_by(t, r0, b), last = seen_by(t, r0 + rows - 1, b);
   if (first.from >= last.to) return;
   const int t0 = int(first.from / 16), tiles = int((last.to + 15) / 16) - t0;
-  alignas(64) float s[kRows * kBlock], alpha[16] = {};
+  float *s = m.weights + r0 * kBlock, *max = state.max + r0;
   const float* k_scale = t.k_scale ? t.k_scale + b.begin + t0 * 16 : nullptr;
-  scores<K>(t.q + r0 * t.d, rows, t.d, k + t0 * kv::tile_bytes(K, t.d), k_scale, tiles, s + t0 * 16);
+  scores<K>(t.q + r0 * t.d, rows, t.d, k + t0 * kv::tile_bytes(K, t.d), k_scale, tiles, s + t0 * 16, b.keys_ahead);
 
-  float* max = state.max + r0;
+  alignas(64) float alpha[16] = {};
   for (int r = 0; r < rows; ++r) {
     float* row = s + r * kBlock;
     const Seen own = seen_by(t, r0 + r, b);
@@ -59,11 +62,11 @@ void attend_group(const Tile& t, int64_t r0, int rows, const Block& b, const uin
     max[r] = now > before ? now : before;
     alpha[r] = before - max[r];
   }
-  store_f32(alpha, exp2_f(load_f32(alpha)));
+  store_f32(m.alpha + r0, exp2_f(load_f32(alpha)));
   for (int r = 0; r < rows; ++r) {
-    float *row = s + r * kBlock, *norm = lanes + (r0 + r) * 16;
+    float *row = s + r * kBlock, *norm = m.lanes + (r0 + r) * 16;
     const vf by = set_f(max[r]);
-    vf sum = mul_f(load_f32(norm), set_f(alpha[r]));
+    vf sum = mul_f(load_f32(norm), set_f(m.alpha[r0 + r]));
     for (int i = t0; i < t0 + tiles; ++i) {
       vf e = exp2_f(sub_f(load_f32(row + 16 * i), by));
       sum = add_f(sum, e);
@@ -72,61 +75,82 @@ void attend_group(const Tile& t, int64_t r0, int rows, const Block& b, const uin
     }
     store_f32(norm, sum);
   }
-  weigh<V>(s + first.from, rows, last.to - first.from, v + first.from * t.d * kv::element_bytes(V), t.d, alpha, state.sum + r0 * t.d);
+}
+template <Type V> void weigh_group(const Tile& t, int64_t r0, int rows, const Block& b, const uint8_t* v, const Between& m, const State& state) {
+  const int64_t from = seen_by(t, r0, b).from, to = seen_by(t, r0 + rows - 1, b).to;
+  if (from >= to) return;
+  weigh<V>(m.weights + r0 * kBlock + from, rows, to - from, v + from * t.d * kv::element_bytes(V), t.d, m.alpha + r0, state.sum + r0 * t.d,
+           b.values_ahead);
+}
+// First all scores and then all sums: what rows share of a block, keys or values, stays in the first-level cache.
+template <Type K, Type V>
+EFFK_INLINE void attend_block(const Tile& t, const Block& b, const uint8_t* k, const uint8_t* v, const Between& m, const State& state) {
+  const auto groups = [&](const auto& f) {
+    for (int64_t r = 0; r < t.rows; r += kRows) f(r, int(t.rows - r < kRows ? t.rows - r : kRows));
+  };
+  groups([&](int64_t r, int rows) { score_group<K>(t, r, rows, b, k, m, state); });
+  groups([&](int64_t r, int rows) { weigh_group<V>(t, r, rows, b, v, m, state); });
 }
 
-template <Type T> EFFK_INLINE void widen(const uint8_t* from, int64_t count, float* to) {
-  for (int64_t i = 0; i < count; i += 16) store_f32(to + i, load_values<T>(from + i * kv::element_bytes(T)));
+template <Type T> EFFK_INLINE void widen(const uint8_t* from, int64_t count, float* to, int64_t ahead) {
+  for (int64_t i = 0; i < count; i += 16, from += 16 * kv::element_bytes(T)) {
+    prefetch(from + ahead);
+    store_f32(to + i, load_values<T>(from));
+  }
 }
 
-template <Type T> void attend_as(const Tile& t, int64_t begin, int64_t end, float* scratch, const State& state) {
+template <Type T> void attend_as(const Tile& t, int64_t begin, int64_t end, float* keys, float* values, const Between& m, const State& state) {
   constexpr Type kWideKeys = T == Type::i8 ? Type::i8 : Type::f32;
-  const int64_t size = kv::element_bytes(T);
-  float *keys = scratch, *values = keys + kBlock * t.d, *lanes = values + kBlock * t.d;
+  const int64_t size = kv::element_bytes(T), step = kBlock * t.d * size;
   const bool wide = T != Type::f32 && t.rows > kRows;
   for (int64_t at = begin / kBlock * kBlock; at < end; at += kBlock) {
-    const Block b{at, at > begin ? at : begin, at + kBlock < end ? at + kBlock : end};
     const uint8_t *k = t.k + at * t.d * size, *v = t.v + at * t.d * size;
-    if (wide) {
-      const int64_t from = b.from - at, to = b.to - at, k0 = from / 16 * 16 * t.d, k1 = (to + 15) / 16 * 16 * t.d;
-      if constexpr (T != Type::i8) widen<T>(k + k0 * size, k1 - k0, keys + k0);
-      widen<T>(v + from * t.d * size, (to - from) * t.d, values + from * t.d);
+    const bool more = at + kBlock < t.end;
+    Block b{at, at > begin ? at : begin, at + kBlock < end ? at + kBlock : end,
+            more ? step : t.next_k ? t.next_k - k : 0, more ? step : t.next_v ? t.next_v - v : 0};
+    if (!wide) {
+      attend_block<T, T>(t, b, k, v, m, state);
+      continue;
     }
-    for (int64_t r = 0; r < t.rows; r += kRows) {
-      const int rows = int(t.rows - r < kRows ? t.rows - r : kRows);
-      if (wide) {
-        const uint8_t* wide_keys = T == Type::i8 ? k : reinterpret_cast<const uint8_t*>(keys);
-        attend_group<kWideKeys, Type::f32>(t, r, rows, b, wide_keys, reinterpret_cast<const uint8_t*>(values), lanes, state);
-      } else {
-        attend_group<T, T>(t, r, rows, b, k, v, lanes, state);
-      }
-    }
+    const int64_t from = b.from - at, to = b.to - at, k0 = from / 16 * 16 * t.d, k1 = (to + 15) / 16 * 16 * t.d;
+    if constexpr (T != Type::i8) widen<T>(k + k0 * size, k1 - k0, keys + k0, b.keys_ahead);
+    widen<T>(v + from * t.d * size, (to - from) * t.d, values + from * t.d, b.values_ahead);
+    b.keys_ahead = b.values_ahead = 0;
+    attend_block<kWideKeys, Type::f32>(t, b, T == Type::i8 ? k : reinterpret_cast<const uint8_t*>(keys), reinterpret_cast<const uint8_t*>(values),
+                                       m, state);
   }
 }
 
 [[maybe_unused]] void attend(const Tile& t, int64_t begin, int64_t end, float* scratch, const State& state) {
-  float* lanes = scratch + 2 * kBlock * t.d;
+  float *keys = scratch, *values = keys + kBlock * t.d, *weights = values + kBlock * t.d, *lanes = weights + t.rows * kBlock;
+  const Between m{weights, lanes + t.rows * 16, lanes};
   std::memset(state.sum, 0, size_t(t.rows * t.d) * 4);
   std::memset(lanes, 0, size_t(t.rows) * 64);
   for (int64_t r = 0; r < t.rows; ++r) state.max[r] = attention::kNothing;
   switch (t.type) {
-    case Type::f16: attend_as<Type::f16>(t, begin, end, scratch, state); break;
-    case Type::i8: attend_as<Type::i8>(t, begin, end, scratch, state); break;
-    case Type::f32: attend_as<Type::f32>(t, begin, end, scratch, state); break;
+    case Type::f16: attend_as<Type::f16>(t, begin, end, keys, values, m, state); break;
+    case Type::i8: attend_as<Type::i8>(t, begin, end, keys, values, m, state); break;
+    case Type::f32: attend_as<Type::f32>(t, begin, end, keys, values, m, state); break;
   }
   for (int64_t r = 0; r < t.rows; ++r) state.norm[r] = reduce_add_f(load_f32(lanes + r * 16));
 }
 
 [[maybe_unused]] void merge(int64_t rows, int64_t d, const State& part, const State& total) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float now = part.max[r] > total.max[r] ? part.max[r] : total.max[r];
-    alignas(64) float by[16] = {total.max[r] - now, part.max[r] - now};
-    store_f32(by, exp2_f(load_f32(by)));
-    total.max[r] = now;
-    total.norm[r] = total.norm[r] * by[0] + part.norm[r] * by[1];
-    const vf old = set_f(by[0]), more = set_f(by[1]);
-    for (int64_t i = r * d; i < (r + 1) * d; i += 16)
-      store_f32(total.sum + i, mac(load_f32(part.sum + i), more, mul_f(load_f32(total.sum + i), old)));
+  for (int64_t r0 = 0; r0 < rows; r0 += 16) {
+    const int n = int(rows - r0 < 16 ? rows - r0 : 16);
+    const auto load = [&](const float* p) { return load_some<DType::f32>(p + r0, n); };
+    const vf before = load(total.max), other = load(part.max), now = max_f(before, other);
+    const vf keep = exp2_f(sub_f(before, now)), more = exp2_f(sub_f(other, now));
+    store_some<DType::f32>(total.max + r0, n, now);
+    store_some<DType::f32>(total.norm + r0, n, mac(load(part.norm), more, mul_f(load(total.norm), keep)));
+    alignas(64) float by[2][16];
+    store_f32(by[0], keep), store_f32(by[1], more);
+    for (int r = 0; r < n; ++r) {
+      const vf old_by = set_f(by[0][r]), part_by = set_f(by[1][r]);
+      float* sum = total.sum + (r0 + r) * d;
+      const float* add = part.sum + (r0 + r) * d;
+      for (int64_t i = 0; i < d; i += 16) store_f32(sum + i, mac(load_f32(add + i), part_by, mul_f(load_f32(sum + i), old_by)));
+    }
   }
 }
 

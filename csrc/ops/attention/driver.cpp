@@ -145,7 +145,17 @@ void write(const Kernel& k, const Problem& p, const Piece& piece, const State& t
     }
 }
 
-void attend(const Kernel& k, const Problem& p, const Piece& piece, const Slot& slot) {
+const uint8_t* head_of(const void* cache, const Cache& c, int64_t slot, int64_t head) {
+  return static_cast<const uint8_t*>(cache) + (slot * c.kv_heads + head) * kv::head_bytes(c.type, c.capacity, c.head_dim);
+}
+// Where a piece begins to read.
+const uint8_t* start_of(const void* cache, const Problem& p, const Piece& piece) {
+  const int64_t first = std::max(p.lowest(*piece.run, piece.query), piece.first * kChunk) / kBlock * kBlock;
+  return head_of(cache, p.a.cache, piece.run->slot, piece.head) + kv::value_byte(p.a.cache.type, p.d, first, 0);  // so do keys at whole tiles
+}
+
+// next: what this thread probably does then, or null.
+void attend(const Kernel& k, const Problem& p, const Piece& piece, const Piece* next, const Slot& slot) {
   const Args& a = p.a;
   const Run& r = *piece.run;
   const Cache& c = a.cache;
@@ -154,11 +164,11 @@ void attend(const Kernel& k, const Problem& p, const Piece& piece, const Slot& s
     for (int64_t g = 0; g < p.group; ++g)
       k.prepare(a.q + (r.row + piece.query + q) * a.q_stride + (piece.head * p.group + g) * p.d, p.d, turn_at(a, start + q), a.scale * kLog2E,
                 c.type, slot.queries + (q * p.group + g) * p.d);
-  const int64_t bytes = kv::head_bytes(c.type, c.capacity, p.d), positions = kv::padded(c.capacity);
-  const Tile tile{c.type, p.d, static_cast<const uint8_t*>(c.k) + at * bytes, static_cast<const uint8_t*>(c.v) + at * bytes,
+  const int64_t low = p.lowest(r, piece.query), high = start + piece.queries, positions = kv::padded(c.capacity);
+  const Tile tile{c.type, p.d, head_of(c.k, c, r.slot, piece.head), head_of(c.v, c, r.slot, piece.head),
                   c.k_scale ? c.k_scale + at * positions : nullptr, c.v_scale ? c.v_scale + at * positions : nullptr,
-                  slot.queries, rows, p.group, start, a.window};
-  const int64_t low = p.lowest(r, piece.query), high = start + piece.queries;
+                  slot.queries, rows, p.group, start, a.window, std::min(high, piece.last * kChunk),
+                  next ? start_of(c.k, p, *next) : nullptr, next ? start_of(c.v, p, *next) : nullptr};
   const State total = state_at(slot.total, rows, p.d);
   const bool whole = !piece.parts, one = whole && piece.last - piece.first == 1;
   if (whole && !one) clear(total, rows, p.d);
@@ -182,6 +192,12 @@ void put_together(const Kernel& k, const Problem& p, const Piece* first, const P
   write(k, p, *last, total);
 }
 
+// The first block of a piece: it arrives while the new tokens are appended.
+void fetch_block(const void* cache, const Problem& p, const Piece& piece) {
+  const uint8_t* at = start_of(cache, p, piece);
+  for (int64_t i = 0; i < kBlock * p.d * kv::element_bytes(p.a.cache.type); i += 64) __builtin_prefetch(at + i);
+}
+
 struct Size { int64_t pieces, parts; };
 Size size_of(const Problem& p) {
   Size s{0, 0};
@@ -203,19 +219,6 @@ void run(const Args& a, void* workspace, const ParallelFor& pf) {
   const Problem p(a, pf.threads);
   const Size size = size_of(p);
 
-  // Tiles of keys and not tokens are what threads share: two of them must not write to one line.
-  for (int64_t i = 0; i < a.n_runs; ++i) {
-    const Run& r = a.runs[i];
-    const int64_t t0 = r.start / kv::kTile, tiles = (r.start + r.count - 1) / kv::kTile + 1 - t0;
-    const int64_t grain = std::max<int64_t>(1, kWorthAppending / (2 * kv::kTile * p.d));
-    parallel_for(pf, tiles * a.cache.kv_heads, grain, [&](int64_t b, int64_t e) {
-      for (int64_t n = b; n < e; ++n) {
-        const int64_t h = n / tiles, position = (t0 + n % tiles) * kv::kTile - r.start;
-        append(k, a, r, std::max<int64_t>(0, position), std::min(r.count, position + kv::kTile), h, h + 1);
-      }
-    });
-  }
-
   Room room{static_cast<char*>(workspace)};
   auto* next = room.take<std::atomic<int64_t>>(1);
   new (next) std::atomic<int64_t>(0);
@@ -230,10 +233,27 @@ void run(const Args& a, void* workspace, const ParallelFor& pf) {
   Piece* fill = pieces;
   p.cut(parts, [&](const Piece& piece) { *fill++ = piece; });
 
+  fetch_block(a.cache.k, p, *pieces);
+  fetch_block(a.cache.v, p, *pieces);
+
+  // Tiles of keys and not tokens are what threads share: two of them must not write to one line.
+  for (int64_t i = 0; i < a.n_runs; ++i) {
+    const Run& r = a.runs[i];
+    const int64_t t0 = r.start / kv::kTile, tiles = (r.start + r.count - 1) / kv::kTile + 1 - t0;
+    const int64_t grain = std::max<int64_t>(1, kWorthAppending / (2 * kv::kTile * p.d));
+    parallel_for(pf, tiles * a.cache.kv_heads, grain, [&](int64_t b, int64_t e) {
+      for (int64_t n = b; n < e; ++n) {
+        const int64_t h = n / tiles, position = (t0 + n % tiles) * kv::kTile - r.start;
+        append(k, a, r, std::max<int64_t>(0, position), std::min(r.count, position + kv::kTile), h, h + 1);
+      }
+    });
+  }
+
   parallel_for(pf, p.slots, 1, [&](int64_t s0, int64_t s1) {
     for (int64_t s = s0; s < s1; ++s) {
       const Slot slot = slot_at(s);
-      for (int64_t n; (n = next->fetch_add(1, std::memory_order_relaxed)) < size.pieces;) attend(k, p, pieces[n], slot);
+      for (int64_t n; (n = next->fetch_add(1, std::memory_order_relaxed)) < size.pieces;)
+        attend(k, p, pieces[n], n + p.slots < size.pieces ? pieces + n + p.slots : nullptr, slot);
     }
   });
   if (!size.parts) return;

@@ -25,6 +25,8 @@ struct Tile {
   int64_t rows, group;
   int64_t first;               // position of query 0
   int64_t window;
+  int64_t end;                 // positions of all calls with these queries end here
+  const uint8_t *next_k, *next_v;  // what is read after that, or null
 };
 
 // Of each row: sum over positions of e_j v_j and of e_j, e_j = 2^(s_j - max), s the scaled scores in units of log2 e.
@@ -44,7 +46,7 @@ struct Kernel {
   void (*merge)(int64_t rows, int64_t d, const State& part, const State& total);  // total = total and then part
   void (*finish)(const float* sum, float norm, int64_t d, float* out);            // of one row
 };
-constexpr int64_t scratch_floats(int64_t rows, int64_t d) { return 2 * kBlock * d + rows * 16; }
+constexpr int64_t scratch_floats(int64_t rows, int64_t d) { return 2 * kBlock * d + rows * (kBlock + 16 + 1) + 16; }
 
 EFFK_EXPORT extern const Kernel* const kKernels[];  // best first
 EFFK_EXPORT extern const int kKernelCount;

@@ -23,7 +23,7 @@ template <Type T> EFFK_INLINE vf load_values(const uint8_t* p) {
 }
 
 // s[r * kBlock + 16 n + l] = q[r * d ..] . key l of tile n
-template <Type T, int R, int N> void score_block(const float* q, int64_t d, const uint8_t* k, float* s) {
+template <Type T, int R, int N> void score_block(const float* q, int64_t d, const uint8_t* k, float* s, int64_t ahead) {
   constexpr int64_t kStep = 16 * kv::element_bytes(T);
   vf acc[R][N];
   for (int r = 0; r < R; ++r)
@@ -33,6 +33,9 @@ template <Type T, int R, int N> void score_block(const float* q, int64_t d, cons
     vf key[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) key[n] = load_values<T>(k + n * tile);
+    if (ahead)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) prefetch(k + n * tile + ahead);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vf by = set_f(q[r * d + c]);
@@ -59,7 +62,7 @@ EFFK_INLINE IntQuery int_query(const float* q, int64_t d) {
   std::memcpy(&out.offset, bytes + 2 * d + 4, 4);
   return out;
 }
-template <int R, int N> void int_score_block(const float* q, int64_t d, const uint8_t* k, const float* scale, float* s) {
+template <int R, int N> void int_score_block(const float* q, int64_t d, const uint8_t* k, const float* scale, float* s, int64_t ahead) {
   vi high[R][N], low[R][N];
   IntQuery query[R];
   for (int r = 0; r < R; ++r) {
@@ -71,6 +74,9 @@ template <int R, int N> void int_score_block(const float* q, int64_t d, const ui
     vi key[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) key[n] = load_unit(k + n * tile);
+    if (ahead)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) prefetch(k + n * tile + ahead);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       int32_t h, l;
@@ -93,8 +99,10 @@ template <int R, int N> void int_score_block(const float* q, int64_t d, const ui
   }
 }
 
+// `ahead`: bytes from here to what is fetched meanwhile, the next block; 0: nothing.
 // sum[r * d ..] = alpha[r] sum[r * d ..] + sum over j < count of w[r * kBlock + j] (value j), channels of N vectors
-template <Type T, int R, int N> void weigh_block(const float* w, int64_t count, const uint8_t* v, int64_t d, const float* alpha, float* sum) {
+template <Type T, int R, int N>
+void weigh_block(const float* w, int64_t count, const uint8_t* v, int64_t d, const float* alpha, float* sum, int64_t ahead) {
   constexpr int64_t kSize = kv::element_bytes(T);
   vf acc[R][N];
 #pragma GCC unroll 8
@@ -105,6 +113,9 @@ template <Type T, int R, int N> void weigh_block(const float* w, int64_t count, 
     vf value[N];
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) value[n] = load_values<T>(v + 16 * n * kSize);
+    if (ahead)
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n += int(4 / kSize)) prefetch(v + 16 * n * kSize + ahead);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const vf by = set_f(w[r * kBlock + j]);
@@ -135,23 +146,26 @@ template <class F> EFFK_INLINE void over_vectors(int total, const F& f) {
 }
 
 // Scores of `rows` queries with `tiles` tiles of keys; T: of the keys at k.
-template <Type T> EFFK_INLINE void scores(const float* q, int rows, int64_t d, const uint8_t* k, const float* k_scale, int tiles, float* s) {
+template <Type T> EFFK_INLINE void scores(const float* q, int rows, int64_t d, const uint8_t* k, const float* k_scale, int tiles, float* s,
+                                               int64_t ahead) {
   over_vectors(tiles, [&](int first, int count) {
     const uint8_t* keys = k + first * kv::tile_bytes(T, d);
     if constexpr (T == Type::i8) {
       for (int r = 0; r < rows; r += kIntRows)
         with_block<kIntRows>(rows - r < kIntRows ? rows - r : kIntRows, count, [&](auto R, auto N) {
-          int_score_block<decltype(R)::value, decltype(N)::value>(q + r * d, d, keys, k_scale + first * 16, s + r * kBlock + first * 16);
+          int_score_block<decltype(R)::value, decltype(N)::value>(q + r * d, d, keys, k_scale + first * 16, s + r * kBlock + first * 16,
+                                                                   r ? 0 : ahead);
         });
     } else {
-      with_block<kRows>(rows, count, [&](auto R, auto N) { score_block<T, decltype(R)::value, decltype(N)::value>(q, d, keys, s + first * 16); });
+      with_block<kRows>(rows, count, [&](auto R, auto N) { score_block<T, decltype(R)::value, decltype(N)::value>(q, d, keys, s + first * 16, ahead); });
     }
   });
 }
-template <Type T> EFFK_INLINE void weigh(const float* w, int rows, int64_t count, const uint8_t* v, int64_t d, const float* alpha, float* sum) {
+template <Type T> EFFK_INLINE void weigh(const float* w, int rows, int64_t count, const uint8_t* v, int64_t d, const float* alpha, float* sum,
+                                              int64_t ahead) {
   over_vectors(int(d / 16), [&](int first, int vectors) {
     with_block<kRows>(rows, vectors, [&](auto R, auto N) {
-      weigh_block<T, decltype(R)::value, decltype(N)::value>(w, count, v + first * 16 * kv::element_bytes(T), d, alpha, sum + first * 16);
+      weigh_block<T, decltype(R)::value, decltype(N)::value>(w, count, v + first * 16 * kv::element_bytes(T), d, alpha, sum + first * 16, ahead);
     });
   });
 }

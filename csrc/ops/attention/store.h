@@ -11,14 +11,14 @@ using attention::Turn;
 EFFK_INLINE void turned(const float* x, int64_t d, const Turn& t, float* to) {
   for (int64_t i = 2 * t.half; i < d; i += 16) {
     const int n = int(d - i < 16 ? d - i : 16);
-    store_part<DType::f32>(to, i, n, load_f32_part(x + i, n));
+    store_some<DType::f32>(to + i, n, load_some<DType::f32>(x + i, n));
   }
   for (int64_t i = 0; i < t.half; i += 16) {
     const int n = int(t.half - i < 16 ? t.half - i : 16);
-    const vf c = load_f32_part(t.cosine + i, n), s = load_f32_part(t.sine + i, n);
-    const vf a = load_f32_part(x + i, n), b = load_f32_part(x + t.half + i, n);
-    store_part<DType::f32>(to, i, n, sub_f(mul_f(a, c), mul_f(b, s)));
-    store_part<DType::f32>(to, t.half + i, n, add_f(mul_f(b, c), mul_f(a, s)));
+    const auto load = [&](const float* p) { return load_some<DType::f32>(p + i, n); };
+    const vf c = load(t.cosine), s = load(t.sine), a = load(x), b = load(x + t.half);
+    store_some<DType::f32>(to + i, n, sub_f(mul_f(a, c), mul_f(b, s)));
+    store_some<DType::f32>(to + t.half + i, n, add_f(mul_f(b, c), mul_f(a, s)));
   }
 }
 
