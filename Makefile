@@ -67,6 +67,7 @@ fuzz: build
 	build/cmake-*/tests/cpp/fuzz_fftconv 1000000
 	build/cmake-*/tests/cpp/fuzz_dyad 200000
 	build/cmake-*/tests/cpp/fuzz_quik 200000
+	build/cmake-*/tests/cpp/fuzz_attention 100000
 
 sanitize: .venv/installed
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DEFFK_PYTHON=OFF \
@@ -76,6 +77,7 @@ sanitize: .venv/installed
 	build/sanitize/tests/cpp/fuzz_fftconv 20000
 	build/sanitize/tests/cpp/fuzz_dyad 20000
 	build/sanitize/tests/cpp/fuzz_quik 20000
+	build/sanitize/tests/cpp/fuzz_attention 10000
 
 lint: .venv/installed
 	@$(PIP) ruff==0.17.5

@@ -21,6 +21,7 @@ OPS = (
     "quik_linear",
     "relu_ffn",
     "bitmask_linear",
+    "attention",
     "runtime",
 )
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -73,7 +74,7 @@ def main(
             help="fftconv: forward,forward uncached,gated,backward,decode,memory; dyad_linear: forward, training or "
             "feed-forward, each with fp32 or bf16, e.g. 'forward fp32,training bf16'; quik_linear: product,layer; "
             "relu_ffn: layer, down, batch or prompt, each with bf16, int8 or int4, e.g. 'layer bf16,down int8'; "
-            "bitmask_linear: int8,float.",
+            "bitmask_linear: int8,float; attention: decode,prefill.",
         ),
     ] = "",
     baselines: Annotated[bool, typer.Option("--baselines/--no-baselines", help="Measure competitors too.")] = True,
@@ -142,6 +143,11 @@ def main(
         if names := [f"--{name}" for name, value in {"m": m, "bits": bits, "compute": compute}.items() if value]:
             raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
         feed_forward(quick, threads, json_file, isa, shape, kinds, baselines, console)
+        return
+    if op == "attention":
+        if names := [f"--{name}" for name, value in {"m": m, "bits": bits, "compute": compute}.items() if value]:
+            raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
+        attended(quick, threads, json_file, isa, shape, kinds, baselines, console)
         return
     linear(quick, threads, json_file, isa, m, bits, compute, shape, baselines, console)
 
@@ -333,6 +339,37 @@ def sparse(
     with console.status("measuring") as status, torch.inference_mode():
         result = bitmask_table.run(plan, lambda text: (status.update(text), console.log(text)))
     save(json_file, result, "bitmask_linear")
+    report.print_run(result, console)
+
+
+def attended(
+    quick: bool,
+    threads: int,
+    json_file: Path | None,
+    isa: str,
+    shape: str,
+    kinds: str,
+    baselines: bool,
+    console: Console,
+) -> None:
+    """The attention table."""
+    from . import attention_problem as problem
+    from . import attention_table, measure, report
+
+    plan = attention_table.Plan(
+        some_of("--shape", shape, {str(s): s for s in problem.SHAPES}, problem.SHAPES[: 1 if quick else None]),
+        threads,
+        tiers_of(isa),
+        some_of("--kind", kinds, {name: name for name in attention_table.KINDS}, attention_table.KINDS),
+        sequences=problem.SEQUENCES[: 1 if quick else None],
+        prompts=problem.PROMPTS[: 1 if quick else None],
+        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
+        turns=3 if quick else 5,
+        baselines=baselines,
+    )
+    with console.status("measuring") as status:
+        result = attention_table.run(plan, lambda text: (status.update(text), console.log(text)))
+    save(json_file, result, "attention")
     report.print_run(result, console)
 
 

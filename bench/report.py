@@ -20,6 +20,7 @@ WITH_KINDS = (
     "quik_linear",
     "relu_ffn",
     "bitmask_linear",
+    "attention",
 )  # ops whose case starts with what is done
 COLD, WARM = "cold", "warm"
 

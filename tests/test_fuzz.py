@@ -16,7 +16,13 @@ BUILD = Path(__file__).parents[1] / "build" / f"cmake-{sys.implementation.cache_
 
 @pytest.mark.parametrize(
     ("program", "calls"),
-    [("fuzz_wq_linear", 20_000), ("fuzz_fftconv", 5_000), ("fuzz_dyad", 5_000), ("fuzz_quik", 4_000)],
+    [
+        ("fuzz_wq_linear", 20_000),
+        ("fuzz_fftconv", 5_000),
+        ("fuzz_dyad", 5_000),
+        ("fuzz_quik", 4_000),
+        ("fuzz_attention", 2_000),
+    ],
 )
 def test_random_calls(program: str, calls: int) -> None:
     path = BUILD / "tests" / "cpp" / program
