@@ -164,9 +164,9 @@ def effk_runtime(model: nn.Module, ids: Tensor) -> Runtime:
     def decode(new: int) -> float:
         cache.truncate(0, 0)
         start = time.perf_counter()
-        token = int(decoder.step([(0, prompt[:DECODE_PROMPT])], cache).argmax())
+        token = int(decoder.step([(0, prompt[:DECODE_PROMPT])], cache).numpy().argmax())
         for _ in range(new - 1):
-            token = int(decoder.step([(0, [token])], cache).argmax())
+            token = int(decoder.step([(0, [token])], cache).numpy().argmax())
         return time.perf_counter() - start
 
     def prefill() -> float:
@@ -181,7 +181,7 @@ def effk_runtime(model: nn.Module, ids: Tensor) -> Runtime:
                 many.truncate(slot, 0)
                 decoder.step([(slot, prompt[slot : slot + DECODE_PROMPT])], many)
         start = time.perf_counter()
-        decoder.step([(slot, [prompt[slot]]) for slot in range(BATCH)], many).argmax(-1).tolist()
+        decoder.step([(slot, [prompt[slot]]) for slot in range(BATCH)], many).numpy().argmax(-1)
         return time.perf_counter() - start
 
     def step() -> float:

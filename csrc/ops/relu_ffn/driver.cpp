@@ -31,7 +31,7 @@ using neuron::padded;
 
 constexpr int64_t kBlock = 256;          // neurons of one item of the first round: 43 items at f = 11008, 1 us and more each
 constexpr int64_t kRowGrain = 64 << 10;  // bytes of rows that are worth a thread
-constexpr double kMostPicked = 0.7;      // share of active neurons from which reading all in order is as fast, measured in bf16 and int8
+constexpr double kMostPicked = 0.7;      // share of active neurons from which all are read in order: an estimate from the speeds of both ways
 constexpr int64_t kSliceUnits = 8;       // narrowest slice of the rows of down: 512 bytes in a run
 
 // Memory of a call, cut in order.

@@ -92,6 +92,8 @@ class Decoder:
             RuntimeError: a token outside the vocabulary. The cache's lengths are as before.
         """
         self._check(runs, cache, logits)
+        if runs and sum(len(ids) for _, ids in runs) <= _STEP_ROWS:
+            return self._call(runs, cache, logits)
         pieces = [torch.empty(0, self.vocab_size)] if logits == "none" or not runs else []
         for chunk, last in self._chunks(runs):
             which = logits if logits != "last" or all(last) else "none" if not any(last) else "last"
