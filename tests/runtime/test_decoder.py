@@ -28,6 +28,7 @@ import effk
 from effk.compress.passes.quik import Quik
 from effk.compress.passes.rtn import Rtn
 from effk.nn import WqLinear
+from effk.nn.relu_ffn import SparseFFN
 from effk.runtime.decoder import Decoder
 from effk.runtime.errors import UnsupportedModel
 
@@ -148,6 +149,28 @@ def test_quik_layers() -> None:
     assert error <= LAYERS * ROUNDINGS / 127 / WIDTH**0.5 * exact.abs().max()
 
 
+@pytest.mark.parametrize("rows", ("fp32", "bf16"))
+def test_sparse_networks(rows: str) -> None:
+    """Networks that skip neurons, exactly; more than eight tokens and one."""
+    model, ids = make("llama"), tokens(20)
+    model.config.hidden_act = "relu"
+    for layer in model.model.layers:
+        mlp = layer.mlp
+        mlp.act_fn = torch.nn.ReLU()
+        if rows == "bf16":
+            for linear in (mlp.gate_proj, mlp.up_proj, mlp.down_proj):
+                linear.weight.data = linear.weight.data.bfloat16().float()
+    exact = wanted(model, ids)
+    for layer in model.model.layers:
+        parts = (getattr(layer.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
+        layer.mlp = SparseFFN.from_weights(*parts, rows=rows)
+    error = (feed(Decoder.from_model(model), ids, 13) - exact).abs().max()
+    assert error <= 2**-24 * LAYERS * TERMS * exact.abs().max()
+    model.model.layers[1].mlp.selector = torch.nn.Identity()
+    with pytest.raises(UnsupportedModel, match="SparseFFN without selector, got SparseFFN"):
+        Decoder.from_model(model)
+
+
 @pytest.mark.parametrize("family", ("llama", "opt", "gpt2"))
 def test_row_depends_on_neither_batch_nor_threads(family: str, two_threads: None) -> None:
     """Bit for bit: alone, beside others, in another slot, with other threads, and over chunks of a long prompt."""
@@ -220,7 +243,10 @@ def test_unknown_structures_are_refused() -> None:
         Decoder.from_model(Qwen3ForCausalLM(Qwen3Config(**_LLAMA, head_dim=16)))
     model = FAMILIES["llama"]()
     model.model.layers[1].mlp.up_proj = torch.nn.Identity()
-    with pytest.raises(UnsupportedModel, match="expected Linear, WqLinear or QuikLinear, got Identity"):
+    with pytest.raises(UnsupportedModel, match="expected Linear, .* got Identity"):
+        Decoder.from_model(model)
+    model.model.layers[1].mlp = torch.nn.Identity()
+    with pytest.raises(UnsupportedModel, match="no attribute 'gate_proj'"):
         Decoder.from_model(model)
     dynamic = LlamaForCausalLM(
         LlamaConfig(**_LLAMA, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})

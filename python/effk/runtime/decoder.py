@@ -39,6 +39,7 @@ class Decoder:
             for index, block in enumerate(structure.blocks)
             for place, modules in (("qkv", block.qkv), ("out", (block.out,)), ("up", block.up), ("down", (block.down,)))
             for module in modules
+            if module is not None
         ]
         places.append((0, "head", weight_of(structure.head)))
         self.weight_bytes = move_together([weight for _, _, weight in places])  # that a step of one row reads

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _C
+from ..nn.relu_ffn import SparseFFN
 from .errors import UnsupportedModel
 
 if TYPE_CHECKING:
@@ -27,13 +28,14 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Block:
-    """One layer. ``qkv`` and ``up`` hold the modules of their products in the order of the outputs."""
+    """One layer. ``qkv`` and ``up`` hold the modules of their products in the order of the outputs; ``down`` is None where one
+    module of ``up`` is the whole feed-forward network.
+    """
 
     attention_norm: nn.Module
     qkv: Sequence[nn.Module]
     out: nn.Module
     ffn_norm: nn.Module
-    feed_forward: nn.Module
     up: Sequence[nn.Module]
     down: nn.Module | None
 
@@ -72,7 +74,10 @@ def structure_of(model: PreTrainedModel) -> Structure:
     read = _FAMILIES.get(kind)
     if read is None:
         raise UnsupportedModel(f"runtime: model: expected one of {sorted(_FAMILIES)}, got {kind!r}")
-    structure = read(model, model.config)
+    try:
+        structure = read(model, model.config)
+    except AttributeError as missing:  # a part was replaced by something else
+        raise UnsupportedModel(f"runtime: {kind}: expected its modules as transformers names them: {missing}") from None
     if structure.head_dim % 16 or structure.head_dim > _C.kv_max_head_dim:  # csrc/formats/kv.h
         raise UnsupportedModel(
             f"runtime: {kind}: head_dim: expected a multiple of 16 up to {_C.kv_max_head_dim}, got {structure.head_dim}"
@@ -120,13 +125,13 @@ def _llama(model: PreTrainedModel, config: Any) -> Structure:
         attention, mlp = layer.self_attn, layer.mlp
         extra = [name for name in ("q_norm", "k_norm") if getattr(attention, name, None) is not None]
         _refuse(config.model_type, "norms of q and k", [], extra)
-        sparse = not hasattr(mlp, "gate_proj")
-        up = () if sparse else (mlp.gate_proj, mlp.up_proj)
+        sparse = isinstance(mlp, SparseFFN)
+        up = (mlp,) if sparse else (mlp.gate_proj, mlp.up_proj)
         down = None if sparse else mlp.down_proj
         blocks.append(
             Block(
                 layer.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj), attention.o_proj,
-                layer.post_attention_layernorm, mlp, up, down,
+                layer.post_attention_layernorm, up, down,
             )
         )  # fmt: skip
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -160,11 +165,10 @@ def _opt(model: PreTrainedModel, config: Any) -> Structure:
     blocks = []
     for layer in core.layers:
         attention = layer.self_attn
-        sparse = not hasattr(layer, "fc1")
         blocks.append(
             Block(
                 layer.self_attn_layer_norm, (attention.q_proj, attention.k_proj, attention.v_proj), attention.out_proj,
-                layer.final_layer_norm, layer, () if sparse else (layer.fc1,), None if sparse else layer.fc2,
+                layer.final_layer_norm, (layer.fc1,), layer.fc2,
             )
         )  # fmt: skip
     table = core.embed_positions
@@ -200,7 +204,7 @@ def _gpt2(model: PreTrainedModel, config: Any) -> Structure:
     blocks = [
         Block(
             layer.ln_1, (layer.attn.c_attn,), layer.attn.c_proj,
-            layer.ln_2, layer.mlp, (layer.mlp.c_fc,), layer.mlp.c_proj,
+            layer.ln_2, (layer.mlp.c_fc,), layer.mlp.c_proj,
         )
         for layer in core.h
     ]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import QuikLinear, WqLinear
+from ..nn.relu_ffn import SparseFFN
 from ..nn.wq_embedding import WqTiedHead
 from .errors import UnsupportedModel
 
@@ -41,6 +42,12 @@ class Weight:
                 decoder, layer, place, b["packed"], b["scales"], b["reduced"], b["w_out"], self.bias, b["int_idx"],
                 b["fp_idx"], m.out_features, m.n_base, m.bits, m.bits_a, m.quantizer,
             )  # fmt: skip
+        elif isinstance(m, SparseFFN):
+            _OPS.decoder_relu_ffn(
+                decoder, layer, b["gate_rows"], b["up_rows"], b["down_rows"], b["gate_scales"], b["up_scales"],
+                b["down_scales"], b["gate_bias"], b["up_bias"], b["down_bias"], m.rows, m.gate, b["param"], b["mask"],
+                m.mask_group, "auto",
+            )  # fmt: skip
         else:
             _OPS.decoder_dense(decoder, layer, place, m.packed, m.f_out, self.bias)
 
@@ -55,7 +62,7 @@ class _Panels(nn.Module):
 
 
 def weight_of(module: nn.Module) -> Weight:
-    """The weight of a linear layer.
+    """The weight of a linear layer, or all of a :class:`SparseFFN`.
 
     Raises:
         UnsupportedModel: a kind of layer that the runtime does not have.
@@ -68,11 +75,16 @@ def weight_of(module: nn.Module) -> Weight:
         return Weight(module, ("packed", "scales"), bias)
     if isinstance(module, QuikLinear) and not module.rotated:
         return Weight(module, ("packed",) if module.w_out is None else ("packed", "w_out"), bias)
+    if isinstance(module, SparseFFN) and module.selector is None and not module.reference:
+        return Weight(module, tuple(f"{p}_rows" for p in ("gate", "up", "down") if p != "gate" or module.gated), None)
     if type(module) is nn.Linear:
         return Weight(_Panels(module.weight), ("packed",), bias)
     if type(module).__name__ == "Conv1D":  # GPT-2's, [in, out]
         return Weight(_Panels(module.weight.T), ("packed",), bias)
-    raise UnsupportedModel(f"runtime: layer: expected Linear, WqLinear or QuikLinear, got {type(module).__name__}")
+    raise UnsupportedModel(
+        "runtime: layer: expected Linear, WqLinear, QuikLinear without rotation or SparseFFN without selector, "
+        f"got {type(module).__name__}"
+    )
 
 
 def move_together(weights: Sequence[Weight]) -> int:
