@@ -224,7 +224,7 @@ def models(rows: Sequence[Row]) -> Iterator[str]:
     """Tokens per second."""
     found = [r for r in rows if r.op == "runtime"]
     yield from table(
-        ("case", "runtime", "tokens/s", "x PyTorch bf16 eager", "match"),
+        ("case", "runtime", "tokens/s", "x fastest competitor", "match"),
         (
             (r.case, f"{r.backend} {r.version}", figure(1e6 / r.us, 4), figure(r.vs_best), figure(r.match, 2))
             for r in found
