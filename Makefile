@@ -2,7 +2,7 @@
 #   make demo    compress a real model, run it, print the table (about 10 minutes on two cores)
 #   make test    build and run the tests
 #   make build   only build          make bench   measure against other libraries
-#   make fuzz    a million random kernel calls in guarded memory; make sanitize: 100,000 under ASan and UBSan
+#   make fuzz    millions of random kernel calls in guarded memory; make sanitize: fewer, under ASan and UBSan
 #   make lint    check the style     make gpu-check   the tests that need an NVIDIA GPU; make cuda-all: every architecture
 # Variables: PYTHON, PIP_FLAGS (e.g. an index), PYTEST_FLAGS, and those of setup.py: EFFK_CUDA, EFFK_CUDA_ARCHS, EFFK_JOBS.
 
@@ -68,6 +68,9 @@ fuzz: build
 	build/cmake-*/tests/cpp/fuzz_dyad 200000
 	build/cmake-*/tests/cpp/fuzz_quik 200000
 	build/cmake-*/tests/cpp/fuzz_attention 100000
+	build/cmake-*/tests/cpp/fuzz_relu_ffn 200000
+	build/cmake-*/tests/cpp/fuzz_bitmask 200000
+	build/cmake-*/tests/cpp/fuzz_wq_grouped 200000
 
 sanitize: .venv/installed
 	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) -DEFFK_PYTHON=OFF \
@@ -78,6 +81,9 @@ sanitize: .venv/installed
 	build/sanitize/tests/cpp/fuzz_dyad 20000
 	build/sanitize/tests/cpp/fuzz_quik 20000
 	build/sanitize/tests/cpp/fuzz_attention 10000
+	build/sanitize/tests/cpp/fuzz_relu_ffn 10000
+	build/sanitize/tests/cpp/fuzz_bitmask 10000
+	build/sanitize/tests/cpp/fuzz_wq_grouped 20000
 
 lint: .venv/installed
 	@$(PIP) ruff==0.17.5

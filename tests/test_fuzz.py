@@ -1,6 +1,6 @@
-"""The C++ fuzz program (tests/cpp): random calls on every tier, each buffer against an inaccessible page.
+"""The C++ fuzz programs (tests/cpp): random calls on every tier, each buffer against an inaccessible page.
 
-``make fuzz`` runs a million calls, ``make sanitize`` the same program under ASan and UBSan.
+``make fuzz`` runs up to a million calls of each, ``make sanitize`` the same programs under ASan and UBSan.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ BUILD = Path(__file__).parents[1] / "build" / f"cmake-{sys.implementation.cache_
         ("fuzz_dyad", 5_000),
         ("fuzz_quik", 4_000),
         ("fuzz_attention", 2_000),
+        ("fuzz_relu_ffn", 3_000),
+        ("fuzz_bitmask", 4_000),
+        ("fuzz_wq_grouped", 6_000),
     ],
 )
 def test_random_calls(program: str, calls: int) -> None:

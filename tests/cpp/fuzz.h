@@ -1,7 +1,10 @@
 // What the fuzz programs share: seeds, random numbers, storage types, a pool that hands out odd ranges, and the loop of calls.
 #pragma once
+#include <cmath>
 #include <csignal>
+#include <initializer_list>
 #include <random>
+#include <vector>
 
 #include "common/dtype.h"
 #include "common/half.h"
@@ -39,9 +42,55 @@ inline float load(const uint8_t* p, DType t, int64_t i) {
   return t == DType::bf16 ? bf16_to_float(h) : f16_to_float(h);
 }
 
+// Half a unit of the last place, relative: what one rounding to storage costs.
+inline double storage_step(DType t) { return t == DType::f32 ? 0x1p-24 : t == DType::bf16 ? 0x1p-8 : 0x1p-11; }
+
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "seed %llu: %s\n", static_cast<unsigned long long>(current_seed), what);
   std::_Exit(1);
+}
+
+// Numbers in guarded memory, and what they are worth.
+struct Values {
+  uint8_t* at = nullptr;
+  std::vector<double> value;
+  const float* floats() const { return reinterpret_cast<const float*>(at); }
+};
+template <class Draw> Values values(Random& r, Guarded& memory, DType t, int64_t count, const Draw& draw) {
+  Values v{memory.place(size_t(count) * width(t), r.chance(70)), std::vector<double>(size_t(count))};
+  for (int64_t i = 0; i < count; ++i) {
+    store(v.at, t, i, draw());
+    v.value[size_t(i)] = load(v.at, t, i);
+  }
+  return v;
+}
+inline Values random_values(Random& r, Guarded& memory, DType t, int64_t count) {
+  return values(r, memory, t, count, [&] { return r.normal(); });
+}
+template <class T> T* place(Random& r, Guarded& memory, int64_t count) {
+  return reinterpret_cast<T*>(memory.place(size_t(count) * sizeof(T), r.chance(70)));
+}
+
+// A workspace ends at the inaccessible page; its beginning is aligned by contract, so its size is rounded up.
+inline void* room(Guarded& memory, size_t bytes) { return memory.place((bytes + 63) / 64 * 64, true); }
+inline std::vector<uint8_t> bytes_at(const void* p, size_t count) {
+  const uint8_t* b = static_cast<const uint8_t*>(p);
+  return {b, b + count};
+}
+inline void expect_intact(const char* what, std::initializer_list<const Guarded*> places) {
+  for (const Guarded* p : places)
+    if (!p->margin_intact()) fail(what);
+}
+inline void expect_equal(const char* what, const void* got, const std::vector<uint8_t>& want) {
+  if (!want.empty() && std::memcmp(got, want.data(), want.size()) != 0) fail(what);
+}
+// A result stored as t; `bound` is what may be off before that rounding. What may lie beyond the range of fp16 is let go.
+inline void expect_within(const char* what, double got, double want, double bound, DType t) {
+  if (t == DType::f16 && std::fabs(want) + bound > 60000) return;
+  const double least = t == DType::f16 ? 0x1p-24 : 0x1p-126;
+  if (std::fabs(got - want) <= bound + storage_step(t) * (std::fabs(want) + bound) + least) return;
+  std::fprintf(stderr, "%.9g, expected %.9g within %.3g\n", got, want, bound);
+  fail(what);
 }
 
 // The callback of a pool that gives out ranges of random lengths, last first.
@@ -54,6 +103,9 @@ inline void scattered(void* pool, int64_t n, int64_t, RangeBody body, void* ctx)
   }
 }
 
+inline ParallelFor random_pool(Random& r, int64_t most = 6) { return {scattered, &r, 1 + int(r.below(most))}; }
+inline void random_tier(Random& r) { isa::force(isa::Tier(r.below(int64_t(isa::detected()) + 1)), r.chance(70)); }
+
 inline void on_signal(int signal) {
   char text[96];
   const int length = std::snprintf(text, sizeof text, "seed %llu: signal %d\n", static_cast<unsigned long long>(current_seed), signal);
@@ -61,12 +113,16 @@ inline void on_signal(int signal) {
   std::_Exit(1);
 }
 
-// calls [first seed] from the command line, one call a seed. A failure prints the seed, and `<program> 1 <seed>` repeats it.
+// calls [first seed] from the command line, call(random) for each seed. A failure prints the seed, and `<program> 1 <seed>` repeats it.
 template <class Call> int run_calls(int argc, char** argv, const Call& call) {
   const uint64_t calls = argc > 1 ? std::strtoull(argv[1], nullptr, 10) : 10000;
   const uint64_t first = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1;
   for (const int signal : {SIGSEGV, SIGBUS, SIGILL, SIGFPE}) std::signal(signal, on_signal);
-  for (uint64_t i = 0; i < calls; ++i) call(first + i);
+  for (uint64_t i = 0; i < calls; ++i) {
+    current_seed = first + i;
+    Random r{std::mt19937_64(first + i)};
+    call(r);
+  }
   std::printf("%llu calls from seed %llu on, tiers up to %s: no finding\n", static_cast<unsigned long long>(calls),
               static_cast<unsigned long long>(first), isa::name(isa::detected()));
   return 0;

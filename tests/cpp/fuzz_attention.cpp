@@ -17,7 +17,7 @@ using attention::Run;
 using kv::Type;
 
 struct Memory {
-  static constexpr size_t kRoom = size_t(4) << 20;
+  static constexpr size_t kRoom = size_t(48) << 20;
   Guarded q{kRoom}, k{kRoom}, v{kRoom}, out{kRoom}, keys{kRoom}, values{kRoom}, k_scale{kRoom}, v_scale{kRoom}, cosine{kRoom}, sine{kRoom},
       workspace{size_t(64) << 20};
 };
@@ -80,9 +80,8 @@ void check(const attention::Args& a, const Run& run, int64_t t, int64_t h) {
   }
 }
 
-void one_call(uint64_t seed, Memory& m) {
-  Random r{std::mt19937_64(seed)};
-  isa::force(isa::Tier(r.below(int(isa::detected()) + 1)));
+void one_call(Random& r, Memory& m) {
+  random_tier(r);
   attention::Args a{};
   Cache& c = a.cache;
   c.type = Type(r.below(3));
@@ -121,14 +120,10 @@ void one_call(uint64_t seed, Memory& m) {
     a.q = floats(m.q, r, rows * a.q_stride, 2), a.k = floats(m.k, r, rows * a.k_stride, 1), a.v = floats(m.v, r, rows * a.v_stride, 1);
     a.out = reinterpret_cast<float*>(m.out.place(size_t(rows * a.out_stride) * 4, r.chance(70)));
     a.runs = runs.data(), a.n_runs = int64_t(runs.size());
-    const int threads = 1 + int(r.below(7));
-    const ParallelFor pool{scattered, &r, threads};
-    const size_t work = (attention::workspace(a, threads) + 63) / 64 * 64;
-    attention::run(a, m.workspace.place(work, true), pool);
-    for (const Guarded* g : {&m.q, &m.k, &m.v, &m.out, &m.workspace})
-      if (!g->margin_intact()) fail("attention: written beyond a buffer");
-    for (const Guarded* g : {&m.keys, &m.values})
-      if (!g->margin_intact()) fail("attention: written beyond the cache");
+    const ParallelFor pool = random_pool(r, 7);
+    attention::run(a, room(m.workspace, attention::workspace(a, pool.threads)), pool);
+    expect_intact("attention: written beyond a buffer", {&m.q, &m.k, &m.v, &m.out, &m.workspace});
+    expect_intact("attention: written beyond the cache", {&m.keys, &m.values});
     for (const Run& run : runs)
       for (int n = 0; n < 3; ++n) check(a, run, n ? r.below(run.count) : run.count - 1, r.below(a.heads));
   }
@@ -138,5 +133,5 @@ void one_call(uint64_t seed, Memory& m) {
 
 int main(int argc, char** argv) {
   static Memory memory;
-  return run_calls(argc, argv, [&](uint64_t seed) { one_call(seed, memory); });
+  return run_calls(argc, argv, [&](Random& r) { one_call(r, memory); });
 }

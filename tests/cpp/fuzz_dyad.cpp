@@ -9,6 +9,7 @@
 #include "gemm/gemm.h"
 #include "ops/dense_linear/dense_linear.h"
 #include "ops/dyad_linear/dyad_linear.h"
+#include "wq_rows.h"
 
 namespace {
 
@@ -22,20 +23,6 @@ struct Memory {
       workspace{size_t(64) << 20};
 };
 
-struct Values {
-  uint8_t* at = nullptr;
-  std::vector<double> value;
-};
-Values random_values(Random& r, Guarded& memory, DType t, int64_t count) {
-  Values v;
-  v.at = memory.place(size_t(count) * width(t), r.chance(70));
-  v.value.resize(size_t(count));
-  for (int64_t i = 0; i < count; ++i) {
-    store(v.at, t, i, r.normal());
-    v.value[size_t(i)] = load(v.at, t, i);
-  }
-  return v;
-}
 double rounded(double v, DType t) {
   uint8_t room[4];
   store(room, t, 0, float(v));
@@ -86,12 +73,6 @@ struct Problem {
   int64_t f_out() const { return n * d_out; }
   int64_t at(int64_t t, int64_t j, int64_t columns) const { return features ? j * tokens + t : t * columns + j; }
 };
-
-void* room(Memory& m, size_t bytes) { return m.workspace.place((bytes + 63) / 64 * 64, true); }
-std::vector<uint8_t> bytes_at(const void* p, size_t count) {
-  const uint8_t* b = static_cast<const uint8_t*>(p);
-  return {b, b + count};
-}
 
 uint8_t* packed_weights(Random& r, Guarded& memory, const panel::Shape& s, const void* wl, const void* wu, DType dtype, bool transposed,
                         const ParallelFor& pool) {
@@ -147,7 +128,7 @@ void forward(Random& r, Memory& m) {
   const uint8_t* panels = packed_weights(r, m.packed, s, wl.at, dense ? nullptr : wu.at, p.w, false, pool);
   const size_t bytes = size_t(p.tokens * p.f_out()) * width(p.x);
   gemm::LinearArgs a{s, panels, x.at, p.x, p.features, p.tokens, biased ? b.at : nullptr, bias_dtype, act, m.y.place(bytes, r.chance(70))};
-  gemm::linear(a, room(m, gemm::linear_workspace(a, pool.threads)), pool);
+  gemm::linear(a, room(m.workspace, gemm::linear_workspace(a, pool.threads)), pool);
   if (!m.y.margin_intact() || !m.workspace.margin_intact()) fail("product wrote outside");
   std::vector<double> l(static_cast<size_t>(count)), u(wu.value.size());
   for (size_t i = 0; i < l.size(); ++i) l[i] = rounded(wl.value[i], p.panels);
@@ -162,21 +143,21 @@ void forward(Random& r, Memory& m) {
   }
   // The same bits for another number of threads, and for one row alone.
   const std::vector<uint8_t> first = bytes_at(a.y, bytes);
-  gemm::linear(a, room(m, gemm::linear_workspace(a, other.threads)), other);
+  gemm::linear(a, room(m.workspace, gemm::linear_workspace(a, other.threads)), other);
   if (bytes_at(a.y, bytes) != first) fail("threads change the result");
   if (p.tokens == 0 || p.features) return;
   const int64_t t = r.below(p.tokens), row = p.f_out() * int64_t(width(p.x));
   a.x = x.at + t * p.f_in() * int64_t(width(p.x));
   a.tokens = 1;
   a.y = m.y.place(size_t(row), true);
-  gemm::linear(a, room(m, gemm::linear_workspace(a, pool.threads)), pool);
+  gemm::linear(a, room(m.workspace, gemm::linear_workspace(a, pool.threads)), pool);
   if (std::memcmp(a.y, first.data() + t * row, size_t(row)) != 0) fail("a row depends on its batch");
 }
 
 void pair(Random& r, Memory& m) {
   Problem p = random_problem(r, false);
   p.features = false;
-  const ParallelFor pool{scattered, &r, 1 + int(r.below(3))};
+  const ParallelFor pool = random_pool(r, 3);
   const int64_t count = p.n * p.d_out * p.d_in;
   const Values x = random_values(r, m.x, p.x, p.tokens * p.f_in());
   const Values wl = random_values(r, m.wl, p.w, count), wu = random_values(r, m.wu, p.w, count);
@@ -187,13 +168,13 @@ void pair(Random& r, Memory& m) {
   const size_t hidden = size_t(p.tokens * p.f_out()) * width(p.x), bytes = size_t(p.tokens * p.f_in()) * width(p.x);
   gemm::LinearArgs one{s1, panels1, x.at, p.x, false, p.tokens, b1.at, DType::f32, Activation(r.below(5)), m.gy.place(hidden, r.chance(70))};
   gemm::LinearArgs two{s2, panels2, one.y, p.x, false, p.tokens, b2.at, DType::f32, Activation::none, m.y.place(bytes, r.chance(70))};
-  gemm::linear(one, room(m, gemm::linear_workspace(one, pool.threads)), pool);
-  gemm::linear(two, room(m, gemm::linear_workspace(two, pool.threads)), pool);
+  gemm::linear(one, room(m.workspace, gemm::linear_workspace(one, pool.threads)), pool);
+  gemm::linear(two, room(m.workspace, gemm::linear_workspace(two, pool.threads)), pool);
   const std::vector<uint8_t> want = bytes_at(two.y, bytes);
   one.y = nullptr;
   two.x = nullptr;
   two.y = m.y.place(bytes, r.chance(70));
-  gemm::linear_pair(one, two, room(m, gemm::linear_pair_workspace(one, two, pool.threads)), pool);
+  gemm::linear_pair(one, two, room(m.workspace, gemm::linear_pair_workspace(one, two, pool.threads)), pool);
   if (!m.y.margin_intact() || !m.workspace.margin_intact()) fail("pair wrote outside");
   if (bytes_at(two.y, bytes) != want) fail("pair differs from its two products");
 }
@@ -201,7 +182,7 @@ void pair(Random& r, Memory& m) {
 void gradients(Random& r, Memory& m) {
   Problem p = random_problem(r, false);
   if (r.chance(3)) p.tokens = 500 + r.below(600), p.n = 1 + r.below(2), p.d_out = 1 + r.below(20), p.d_in = 1 + r.below(20);
-  const ParallelFor pool{scattered, &r, 1 + int(r.below(6))};
+  const ParallelFor pool = random_pool(r);
   const int64_t count = p.n * p.d_out * p.d_in;
   const Values x = random_values(r, m.x, p.x, p.tokens * p.f_in()), gy = random_values(r, m.gy, p.x, p.tokens * p.f_out());
   const Values wl = random_values(r, m.wl, p.w, count), wu = random_values(r, m.wu, p.w, count);
@@ -212,7 +193,7 @@ void gradients(Random& r, Memory& m) {
   const uint8_t* panels = packed_weights(r, m.packed, s, wl.at, wu.at, p.w, true, pool);
   const gemm::LinearArgs a{s, panels, gy.at, p.x, p.features, p.tokens, nullptr, DType::f32, Activation::none,
                            m.y.place(size_t(p.tokens * p.f_in()) * width(p.x), r.chance(70))};
-  gemm::linear(a, room(m, gemm::linear_workspace(a, pool.threads)), pool);
+  gemm::linear(a, room(m.workspace, gemm::linear_workspace(a, pool.threads)), pool);
   const Matrix w(p.kind, p.n, p.d_out, p.d_in, wl.value.data(), wu.value.data());
   Matrix t = w;
   std::swap(t.rows, t.columns);
@@ -229,7 +210,7 @@ void gradients(Random& r, Memory& m) {
   gemm::GradientArgs g{p.kind, p.n, p.d_out, p.d_in, x.at, gy.at, p.x, p.features, p.tokens, nullptr, nullptr, p.w};
   if (r.chance(80)) g.gwl = m.gwl.place(size_t(count) * width(p.w), r.chance(70));
   if (r.chance(80)) g.gwu = m.gwu.place(size_t(count) * width(p.w), r.chance(70));
-  gemm::gradient(g, room(m, gemm::gradient_workspace(g, pool.threads)), pool);
+  gemm::gradient(g, room(m.workspace, gemm::gradient_workspace(g, pool.threads)), pool);
   if ((g.gwl && !m.gwl.margin_intact()) || (g.gwu && !m.gwu.margin_intact()) || !m.workspace.margin_intact()) fail("gradient wrote outside");
   for (int component = 0; component < 2; ++component) {
     const uint8_t* got = static_cast<uint8_t*>(component ? g.gwu : g.gwl);
@@ -259,7 +240,7 @@ void gradients(Random& r, Memory& m) {
 
 void expanded(Random& r, Memory& m) {
   const Problem p = random_problem(r, false);
-  const ParallelFor pool{scattered, &r, 1 + int(r.below(3))};
+  const ParallelFor pool = random_pool(r, 3);
   const int64_t count = p.n * p.d_out * p.d_in;
   const Values wl = random_values(r, m.wl, p.w, count), wu = random_values(r, m.wu, p.w, count);
   std::vector<uint8_t> w(size_t(p.f_out() * p.f_in()) * width(p.w), 0xff);
@@ -273,27 +254,21 @@ void quantised(Random& r, Memory& m) {
   Problem p = random_problem(r, false);
   p.n = 1 + r.below(4);
   p.d_out = 16 * (1 + r.below(3)), p.d_in = 1 + r.below(80), p.tokens = r.below(20), p.features = false;
-  const ParallelFor pool{scattered, &r, 1 + int(r.below(3))};
+  const ParallelFor pool = random_pool(r, 3);
   const bool joined = p.kind == Kind::it;
   const int64_t rows = (joined ? 1 : 2) * p.f_out(), k = (joined ? 2 : 1) * p.d_in, groups_of[] = {0, 32, 64, 128, 256};
   const int bits = r.chance(50) ? 4 : 8;
-  const int64_t group = groups_of[r.below(5)], groups = t16::groups(k, group), row_bytes = t16::ceil_div(k * bits, 8);
-  std::vector<uint8_t> q(static_cast<size_t>(rows * row_bytes));
-  for (auto& byte : q) byte = uint8_t(r.below(256));
-  std::vector<float> scales(static_cast<size_t>(rows * groups));
-  for (auto& s : scales) s = 0.01f + 0.05f * float(r.below(100)) / 100;
-  std::vector<uint8_t> packed(size_t(t16::packed_bytes(rows, k, bits)));
-  std::vector<float> scales_p(size_t(t16::tiles(rows) * groups * 16));
-  wq_pack(q.data(), scales.data(), nullptr, rows, k, bits, group, 4, packed.data(), scales_p.data(), nullptr);
+  const WqRows plain = random_wq_rows(r, rows, k, bits, groups_of[r.below(5)], true, false);
+  std::vector<uint8_t> packed(plain.packed_bytes());
+  std::vector<float> scales(plain.packed_groups());
   const Values x = random_values(r, m.x, p.x, p.tokens * p.f_in()), bias = random_values(r, m.bias, DType::f32, p.f_out());
-  WqWeight w{};
-  w.packed = packed.data(), w.scales = scales_p.data(), w.n = rows, w.k = k, w.bits = bits, w.group = int32_t(group), w.scales_f32 = true;
+  WqWeight w = plain.pack(packed.data(), scales.data(), nullptr);
   std::vector<float> dense(static_cast<size_t>(rows * k));
   wq_dequantize(w, dense.data());
   w.bias = bias.at, w.bias_dtype = DType::f32;
   const Compute form = r.chance(50) ? Compute::int8 : Compute::fp;
   DyadWqArgs a{p.kind, p.n, p.d_out, p.d_in, x.at, p.x, p.tokens, w, form, m.y.place(size_t(p.tokens * p.f_out()) * width(p.x), r.chance(70))};
-  dyad_wq_linear(a, room(m, dyad_wq_workspace(a)), pool);
+  dyad_wq_linear(a, room(m.workspace, dyad_wq_workspace(a)), pool);
   if (!m.y.margin_intact() || !m.workspace.margin_intact()) fail("quantised product wrote outside");
   std::vector<double> wl(static_cast<size_t>(p.f_out() * p.d_in)), wu(wl);
   for (int64_t o = 0; o < p.f_out(); ++o)
@@ -317,10 +292,8 @@ void quantised(Random& r, Memory& m) {
     }
 }
 
-void one_call(uint64_t seed, Memory& m) {
-  current_seed = seed;
-  Random r{std::mt19937_64(seed)};
-  isa::force(isa::Tier(r.below(int64_t(isa::detected()) + 1)), r.chance(70));
+void one_call(Random& r, Memory& m) {
+  random_tier(r);
   const int64_t which = r.below(100);
   if (which < 45) forward(r, m);
   else if (which < 60) pair(r, m);
@@ -333,5 +306,5 @@ void one_call(uint64_t seed, Memory& m) {
 
 int main(int argc, char** argv) {
   static Memory memory;
-  return run_calls(argc, argv, [&](uint64_t seed) { one_call(seed, memory); });
+  return run_calls(argc, argv, [&](Random& r) { one_call(r, memory); });
 }

@@ -22,29 +22,12 @@ struct Memory {
       small{kRoom}, workspace{size_t(32) << 20};
 };
 
-// `count` random values of a type, at one of the guards, and what was stored as doubles.
-struct Values {
-  uint8_t* at = nullptr;
-  std::vector<double> value;
-};
-Values random_values(Random& r, Guarded& memory, DType t, int64_t count) {
-  Values v;
-  v.at = memory.place(size_t(count) * width(t), r.chance(70));
-  v.value.resize(size_t(count));
-  for (int64_t i = 0; i < count; ++i) {
-    store(v.at, t, i, r.normal());
-    v.value[size_t(i)] = load(v.at, t, i);
-  }
-  return v;
-}
-
 // fp32 arithmetic over sums whose magnitude Cauchy and Schwarz bound by `size`, then one rounding to storage.
 void expect_near(const char* what, double got, double want, double size, DType t) {
   const double storage = t == DType::f32 ? 6e-8 : t == DType::bf16 ? 4e-3 : 5e-4;
   if (!(std::fabs(got - want) <= 4e-6 * size + storage * std::fabs(want) + 1e-7)) fail(what);
 }
 
-void* aligned_room(Memory& m, size_t bytes) { return m.workspace.place((bytes + 63) / 64 * 64, true); }
 double norm(const double* p, int64_t n) {
   double s = 0;
   for (int64_t i = 0; i < n; ++i) s += p[i] * p[i];
@@ -70,7 +53,7 @@ void convolution(Random& r, Memory& m, isa::Tier tier) {
   const DType type = DType(r.below(3));
   const bool gated_in = r.chance(40), gated_out = r.chance(40), skipped = r.chance(40);
   const int64_t count = b * h * l;
-  const ParallelFor pool{scattered, &r, 1 + int(r.below(4))};
+  const ParallelFor pool = random_pool(r, 4);
 
   const Values u = random_values(r, m.u, type, count), k = random_values(r, m.k, DType::f32, h * taps);
   const Values pre = random_values(r, m.pre, type, gated_in ? count : 0), post = random_values(r, m.post, type, gated_out ? count : 0);
@@ -79,10 +62,10 @@ void convolution(Random& r, Memory& m, isa::Tier tier) {
   const size_t floats = fftconv_spec_floats(h, taps, n_fft, mode, scheme);
   float* spec = reinterpret_cast<float*>(m.spec.place(floats * 4, true));
   fftconv_prepare(reinterpret_cast<const float*>(k.at), h, taps, n_fft, mode, scheme, spec,
-                  aligned_room(m, fftconv_prepare_workspace(h, taps, n_fft, mode, scheme, pool.threads)), pool);
+                  room(m.workspace, fftconv_prepare_workspace(h, taps, n_fft, mode, scheme, pool.threads)), pool);
   FftConvArgs a{spec, u.at, gated_in ? pre.at : nullptr, gated_out ? post.at : nullptr,
                 skipped ? reinterpret_cast<const float*>(skip.at) : nullptr, type, b, h, l, m.y.place(size_t(count) * width(type), r.chance(70))};
-  fftconv(a, aligned_room(m, fftconv_workspace(a, pool.threads)), pool);
+  fftconv(a, room(m.workspace, fftconv_workspace(a, pool.threads)), pool);
   if (!m.workspace.margin_intact() || !m.y.margin_intact() || !m.u.margin_intact() || !m.spec.margin_intact()) fail("written outside");
 
   FftConvBackwardArgs back{a, gy.at, taps, nullptr, nullptr, nullptr, nullptr, nullptr};
@@ -93,7 +76,7 @@ void convolution(Random& r, Memory& m, isa::Tier tier) {
   if (r.chance(80)) back.gk = reinterpret_cast<float*>(m.gk.place(size_t(h * taps) * 4, r.chance(70)));
   std::vector<float> gskip(size_t(h), NAN);
   if (skipped) back.gskip = gskip.data();
-  fftconv_backward(back, aligned_room(m, fftconv_backward_workspace(back, pool.threads)), pool);
+  fftconv_backward(back, room(m.workspace, fftconv_backward_workspace(back, pool.threads)), pool);
   if (!m.workspace.margin_intact() || (back.gu && !m.gu.margin_intact()) || (back.gk && !m.gk.margin_intact())) fail("written outside");
 
   // lag of tap j, and the value of a row that it meets at t
@@ -145,7 +128,7 @@ void convolution(Random& r, Memory& m, isa::Tier tier) {
 void decoding(Random& r, Memory& m) {
   const int64_t b = 1 + r.below(2), h = 1 + r.below(3), capacity = 1 + r.below(r.chance(20) ? 700 : 150), taps = 1 + r.below(capacity + 20);
   const int64_t rows = b * h;
-  const ParallelFor pool{scattered, &r, 1 + int(r.below(3))};
+  const ParallelFor pool = random_pool(r, 3);
   const Values k = random_values(r, m.k, DType::f32, h * taps), in = random_values(r, m.u, DType::f32, rows * capacity);
   std::vector<std::vector<float>> specs;
   std::vector<const float*> pointers;
@@ -155,7 +138,7 @@ void decoding(Random& r, Memory& m) {
     for (int64_t c = 0; c < h; ++c) std::copy_n(reinterpret_cast<const float*>(k.at) + c * taps, used, &cut[size_t(c * used)]);
     specs.emplace_back(fftconv_spec_floats(h, used, n_fft, Mode::causal, Scheme::fft));
     fftconv_prepare(cut.data(), h, used, n_fft, Mode::causal, Scheme::fft, specs.back().data(),
-                    aligned_room(m, fftconv_prepare_workspace(h, used, n_fft, Mode::causal, Scheme::fft, pool.threads)), pool);
+                    room(m.workspace, fftconv_prepare_workspace(h, used, n_fft, Mode::causal, Scheme::fft, pool.threads)), pool);
   }
   for (const auto& spec : specs) pointers.push_back(spec.data());
   float* x = reinterpret_cast<float*>(m.gu.place(size_t(rows * capacity) * 4, r.chance(70)));
@@ -165,7 +148,7 @@ void decoding(Random& r, Memory& m) {
     std::vector<float> now(static_cast<size_t>(rows)), got(static_cast<size_t>(rows), NAN);
     for (int64_t i = 0; i < rows; ++i) now[size_t(i)] = float(in.value[size_t(i * capacity + t)]);
     const DecodeArgs a{now.data(), got.data(), x, y, reinterpret_cast<const float*>(k.at), pointers.data(), b, h, capacity, taps, t};
-    fftconv_decode_step(a, aligned_room(m, fftconv_decode_workspace(a, pool.threads)), pool);
+    fftconv_decode_step(a, room(m.workspace, fftconv_decode_workspace(a, pool.threads)), pool);
     if (capacity > 200 && t % 13) continue;
     for (int64_t i = 0; i < rows; ++i) {
       const double* w = &k.value[size_t(i % h * taps)];
@@ -185,13 +168,13 @@ void depthwise(Random& r, Memory& m) {
   const int64_t left = r.below(9), right = r.below(9), taps = 1 + r.below(std::min<int64_t>(l + left + right, 12)), out = l + left + right - taps + 1;
   const bool last = r.chance(50), biased = r.chance(50), silu = r.chance(30);
   const DType type = DType(r.below(3));
-  const ParallelFor pool{scattered, &r, 1 + int(r.below(3))};
+  const ParallelFor pool = random_pool(r, 3);
   const Values x = random_values(r, m.u, type, b * h * l), w = random_values(r, m.k, DType::f32, h * taps);
   const Values bias = random_values(r, m.small, DType::f32, biased ? h : 0);
   const DepthwiseArgs a{x.at, m.y.place(size_t(b * h * out) * width(type), r.chance(70)), type, type, reinterpret_cast<const float*>(w.at),
                         biased ? reinterpret_cast<const float*>(bias.at) : nullptr, b, h, taps, l, out, taps - 1 - left, last,
                         silu ? Activation::silu : Activation::none};
-  depthwise_conv1d(a, aligned_room(m, depthwise_conv1d_workspace(h, taps, pool.threads)), pool);
+  depthwise_conv1d(a, room(m.workspace, depthwise_conv1d_workspace(h, taps, pool.threads)), pool);
   if (!m.y.margin_intact() || !m.workspace.margin_intact()) fail("written outside");
   const auto index = [&](int64_t i, int64_t c, int64_t t, int64_t length) { return size_t(last ? (i * length + t) * h + c : (i * h + c) * length + t); };
   for (int64_t i = 0; i < b; ++i)
@@ -210,9 +193,7 @@ void depthwise(Random& r, Memory& m) {
       }
 }
 
-void one_call(uint64_t seed, Memory& m) {
-  current_seed = seed;
-  Random r{std::mt19937_64(seed)};
+void one_call(Random& r, Memory& m) {
   const isa::Tier tier = isa::Tier(r.below(int64_t(isa::detected()) + 1));
   isa::force(tier);
   if (r.chance(70)) convolution(r, m, tier);
@@ -224,5 +205,5 @@ void one_call(uint64_t seed, Memory& m) {
 
 int main(int argc, char** argv) {
   static Memory memory;
-  return run_calls(argc, argv, [&](uint64_t seed) { one_call(seed, memory); });
+  return run_calls(argc, argv, [&](Random& r) { one_call(r, memory); });
 }

@@ -22,11 +22,9 @@ struct Memory {
   Guarded x{kRoom}, y{kRoom}, packed{kRoom}, panels{kRoom}, codes{kRoom}, meta{kRoom}, scale{kRoom}, zero{kRoom}, x_out{kRoom}, bias{kRoom}, scales{kRoom},
       reduced{kRoom}, base{kRoom}, outlier{kRoom}, workspace{size_t(64) << 20};
 };
-void* room(Memory& m, size_t bytes) { return m.workspace.place((bytes + 63) / 64 * 64, true); }
 void within(const Memory& m, std::initializer_list<const Guarded*> places, const char* what) {
-  for (const Guarded* p : places)
-    if (!p->margin_intact()) fail(what);
-  if (!m.workspace.margin_intact()) fail("workspace overrun");
+  expect_intact(what, places);
+  expect_intact("workspace overrun", {&m.workspace});
 }
 
 int random_code(Random& r, int bits) { return int(r.below(int64_t(1) << bits)) - (1 << (bits - 1)); }
@@ -122,7 +120,7 @@ Quantised quantise(Random& r, Memory& m, const Columns& c, int64_t rows, int bit
   float* zero = reinterpret_cast<float*>(m.zero.place(size_t(rows) * 4, r.chance(70)));
   uint8_t* x_out = m.x_out.place(size_t(rows * s.n_out) * width(dtype), r.chance(70));
   const QuikQuantizeArgs a{x, dtype, rows, s, bits, mode, codes, scale, zero, x_out};
-  quik_quantize(a, room(m, quik_quantize_workspace(a, pool.threads)), pool);
+  quik_quantize(a, room(m.workspace, quik_quantize_workspace(a, pool.threads)), pool);
   within(m, {&m.codes, &m.scale, &m.zero, &m.x_out}, "quantising wrote outside");
   q.codes.resize(size_t(rows * s.n_base));
   q.scale.assign(scale, scale + rows);
@@ -154,7 +152,7 @@ Quantised quantise(Random& r, Memory& m, const Columns& c, int64_t rows, int bit
 void parts(Random& r, Memory& m) {
   const int bits_w = r.chance(50) ? 4 : 8, bits_a = r.chance(50) ? 4 : 8;
   const int64_t n = 1 + r.below(r.chance(80) ? 60 : 500), n_base = 1 + r.below(r.chance(80) ? 150 : 2200), rows = std::min<int64_t>(random_rows(r), 200000 / n_base);
-  const ParallelFor pool{scattered, &r, 1 + int(r.below(6))};
+  const ParallelFor pool = random_pool(r);
   const Columns c = random_columns(r, m, n_base + r.below(20), n_base);
   const DType dtype = DType(r.below(3));
   const Quantised q = quantise(r, m, c, rows, bits_a, r.chance(50) ? QuikMode::kernel : QuikMode::sim, dtype, pool);
@@ -174,7 +172,7 @@ void parts(Random& r, Memory& m) {
   uint8_t* given = m.codes.place(codes.size(), r.chance(70));
   if (!codes.empty()) std::memcpy(given, codes.data(), codes.size());
   const QuikIntMatmulArgs a{given, rows, n_base, bits_a, b.packed, n, bits_w, acc};
-  quik_int_matmul(a, room(m, quik_int_matmul_workspace(a, pool.threads)), pool);
+  quik_int_matmul(a, room(m.workspace, quik_int_matmul_workspace(a, pool.threads)), pool);
   within(m, {&m.y}, "product wrote outside");
   for (int64_t i = 0; i < rows; i += rows > 20 ? 5 : 1)
     for (int64_t j = 0; j < n; ++j) {
@@ -232,7 +230,7 @@ void layer(Random& r, Memory& m) {
   const size_t bytes = size_t(rows * n) * width(dtype);
   void* y = m.y.place(bytes, r.chance(70));
   QuikLinearArgs a{q.x, dtype, rows, c.split, &whole, &y, 1, bits_a, mode};
-  quik_linear(a, room(m, quik_linear_workspace(a, pool.threads)), pool);
+  quik_linear(a, room(m.workspace, quik_linear_workspace(a, pool.threads)), pool);
   within(m, {&m.y}, "layer wrote outside");
   const uint8_t* got = static_cast<const uint8_t*>(y);
   const std::vector<uint8_t> first(got, got + bytes);
@@ -268,13 +266,13 @@ void layer(Random& r, Memory& m) {
 
   // The same bits for other threads, for a row alone where it takes the same path, and for two weights in one call.
   y = m.y.place(bytes, r.chance(70));
-  quik_linear(a, room(m, quik_linear_workspace(a, other.threads)), other);
+  quik_linear(a, room(m.workspace, quik_linear_workspace(a, other.threads)), other);
   if (bytes && std::memcmp(y, first.data(), bytes) != 0) fail("threads change the result");
   if (rows == 0) return;
   const QuikWeight both[] = {whole, whole};
   void* ys[] = {m.y.place(bytes, r.chance(70)), m.x_out.place(bytes, r.chance(70))};
   a.weights = both, a.y = ys, a.n_weights = 2;
-  quik_linear(a, room(m, quik_linear_workspace(a, pool.threads)), pool);
+  quik_linear(a, room(m.workspace, quik_linear_workspace(a, pool.threads)), pool);
   if (std::memcmp(ys[0], first.data(), bytes) != 0 || std::memcmp(ys[1], first.data(), bytes) != 0) fail("weights in one call");
   if (only && mode == QuikMode::kernel && bits_a != 16) return;
   if (only) return;  // float sums of one row and of many may take different kernels
@@ -283,7 +281,7 @@ void layer(Random& r, Memory& m) {
   a.weights = &whole, a.y = &one, a.n_weights = 1, a.m = 1, a.mode = mode;
   if (quik_weight_only(a)) return;
   a.x = q.x + t * (n_base + n_out) * int64_t(width(dtype));
-  quik_linear(a, room(m, quik_linear_workspace(a, pool.threads)), pool);
+  quik_linear(a, room(m.workspace, quik_linear_workspace(a, pool.threads)), pool);
   if (std::memcmp(one, first.data() + t * row, size_t(row)) != 0) fail("a row depends on its batch");
 }
 
@@ -291,7 +289,7 @@ void pruned(Random& r, Memory& m) {
   const Sp24 pattern = r.chance(50) ? Sp24::pairs : Sp24::elements;
   const int width_of = pattern == Sp24::pairs ? 2 : 1;
   const int64_t k = sp24_period(pattern) * (1 + r.below(r.chance(80) ? 20 : 200)), n = r.below(r.chance(80) ? 60 : 450), rows = std::min<int64_t>(random_rows(r), 150000 / k);
-  const ParallelFor pool{scattered, &r, 1 + int(r.below(6))};
+  const ParallelFor pool = random_pool(r);
   int8_t* w = reinterpret_cast<int8_t*>(m.packed.place(size_t(n * k), r.chance(70)));
   for (int64_t g = 0; g < n * k; g += 4 * width_of) {
     const int64_t a = r.below(4), b = r.below(4);
@@ -310,7 +308,7 @@ void pruned(Random& r, Memory& m) {
   for (int64_t i = 0; i < rows * k; ++i) x[i] = int8_t(random_code(r, 8));
   int32_t* acc = reinterpret_cast<int32_t*>(m.y.place(size_t(rows * n) * 4, r.chance(70)));
   const Sp24MatmulArgs a{x, rows, k, values, meta, pattern, n, acc};
-  sp24_matmul(a, room(m, sp24_matmul_workspace(a, pool.threads)), pool);
+  sp24_matmul(a, room(m.workspace, sp24_matmul_workspace(a, pool.threads)), pool);
   within(m, {&m.y}, "sp24 product wrote outside");
   for (int64_t i = 0; i < rows; i += rows > 20 ? 7 : 1)
     for (int64_t j = 0; j < n; ++j) {
@@ -320,10 +318,8 @@ void pruned(Random& r, Memory& m) {
     }
 }
 
-void one_call(uint64_t seed, Memory& m) {
-  current_seed = seed;
-  Random r{std::mt19937_64(seed)};
-  isa::force(isa::Tier(r.below(int64_t(isa::detected()) + 1)), r.chance(70));
+void one_call(Random& r, Memory& m) {
+  random_tier(r);
   const int64_t which = r.below(100);
   if (which < 40) parts(r, m);
   else if (which < 85) layer(r, m);
@@ -334,5 +330,5 @@ void one_call(uint64_t seed, Memory& m) {
 
 int main(int argc, char** argv) {
   static Memory memory;
-  return run_calls(argc, argv, [&](uint64_t seed) { one_call(seed, memory); });
+  return run_calls(argc, argv, [&](Random& r) { one_call(r, memory); });
 }

@@ -192,9 +192,7 @@ void check(const Weight& o, const std::vector<float>& x, int64_t m, DType type, 
   }
 }
 
-void one_call(uint64_t seed, Guarded& x_memory, Guarded& workspace, Weight* weights, int most_weights) {
-  current_seed = seed;
-  Random r{std::mt19937_64(seed)};
+void one_call(Random& r, Guarded& x_memory, Guarded& workspace, Weight* weights, int most_weights) {
   const isa::Tier tier = isa::Tier(r.below(int(isa::detected()) + 1));
   isa::force(tier, r.chance(70));
   const int64_t k = r.chance(1) ? kLong + r.below(3000) : 1 + r.below(r.chance(20) ? 600 : r.chance(50) ? 200 : 40);
@@ -227,9 +225,7 @@ void one_call(uint64_t seed, Guarded& x_memory, Guarded& workspace, Weight* weig
   args.y = y.data();
   args.n_weights = count;
   args.compute = compute;
-  // The workspace is 64-byte aligned by contract; its size is rounded up to that, and the rest must stay untouched too.
-  const size_t bytes = (wq_linear_workspace(args) + 63) / 64 * 64;
-  wq_linear(args, workspace.place(bytes, true), ParallelFor{scattered, &r, 1 + int(r.below(4))});
+  wq_linear(args, room(workspace, wq_linear_workspace(args)), random_pool(r, 4));
 
   if (!workspace.margin_intact() || !x_memory.margin_intact()) fail("written outside the workspace or into x");
   for (int i = 0; i < count; ++i) {
@@ -244,5 +240,5 @@ int main(int argc, char** argv) {
   constexpr int kMostWeights = 3;
   Guarded x(size_t(1) << 20), workspace(size_t(8) << 20);
   static Weight weights[kMostWeights];
-  return test::run_calls(argc, argv, [&](uint64_t seed) { one_call(seed, x, workspace, weights, kMostWeights); });
+  return test::run_calls(argc, argv, [&](Random& r) { one_call(r, x, workspace, weights, kMostWeights); });
 }
