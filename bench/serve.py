@@ -26,7 +26,7 @@ from effk.cli.models import open_model
 from effk.compress.passes.rtn import Rtn
 from effk.runtime import Generator
 from effk.runtime.batch import Batch, Sequence
-from effk.runtime.limits import Limits
+from effk.runtime.text import TextStream
 from effk.serve import Settings
 from effk.serve.app import Server
 
@@ -46,6 +46,9 @@ def main(
     new: Annotated[int, typer.Option(help="Tokens of each answer.")] = 128,
     threads: int = 2,
     cache: str = "fp16",
+    interval: Annotated[float, typer.Option(help="The server's: seconds between two events of a stream.")] = (
+        Settings.interval
+    ),
 ) -> None:
     """Print one JSON object; exit with 1 if a completion was lost."""
     torch.set_num_threads(threads)
@@ -54,15 +57,16 @@ def main(
         effk.compress(opened.model, Rtn(bits=4, group_size=64, compute="int8"))
     generator = Generator(opened.model, opened.tokenizer, cache=cache)
     foreign = ForeignCpu()
-    library = [alone(generator, clients, seconds / 3, prompt, new)]
-    served = behind_server(generator, clients, seconds, prompt, new)
-    library.append(alone(generator, clients, seconds / 3, prompt, new))
+    library = [alone(generator, clients, seconds / 6, prompt, new)]
+    served = behind_server(generator, clients, seconds, prompt, new, interval)
+    library.append(alone(generator, clients, seconds / 6, prompt, new))
     rate, best = served["tokens"] / served["seconds"], sum(library) / 2
     record = {
         "model": model,
         "threads": threads,
         "prompt": prompt,
         "new": new,
+        "interval": interval,
         "decoder": type(generator.decoder).__name__,
     }
     record |= {"library_tokens_per_second": library, "server_tokens_per_second": rate, "share": rate / best}
@@ -72,29 +76,34 @@ def main(
 
 
 def alone(generator: Generator, rows: int, seconds: float, prompt: int, new: int) -> float:
-    """Tokens per second of the library's batch."""
-    source = random.Random(0)
+    """Tokens per second of the library's batch: the clients' prompts, and a text of each answer when it is there."""
     batch = Batch(generator.decoder, rows=rows, capacity=prompt + new, cache=generator.cache)
+    running: dict[Sequence, tuple[random.Random, TextStream]] = {}
 
-    def add() -> None:
+    def add(source: random.Random) -> None:
         ids = [source.randrange(generator.decoder.vocab_size) for _ in range(prompt)]
-        batch.add(Sequence(ids, limits=Limits(max_new_tokens=new)))
+        sequence, text = generator.sequence(ids, max_new_tokens=new, stop_ids=frozenset())
+        running[batch.add(sequence)] = source, text
 
     tokens, start = 0, time.perf_counter()
-    for _ in range(rows):
-        add()
-    while batch.waiting or batch.running:
+    for number in range(rows):
+        add(random.Random(number))
+    while running:
         for sequence in batch.step():
             if sequence.finish is not None:
+                source, text = running.pop(sequence)
+                text.finish(sequence.tokens)
                 tokens += len(sequence.tokens)
                 if time.perf_counter() < start + seconds:
-                    add()
+                    add(source)
     return tokens / (time.perf_counter() - start)
 
 
-def behind_server(generator: Generator, clients: int, seconds: float, prompt: int, new: int) -> dict[str, object]:
+def behind_server(
+    generator: Generator, clients: int, seconds: float, prompt: int, new: int, interval: float
+) -> dict[str, object]:
     """What the clients of a server in this process tell."""
-    settings = Settings(rows=clients, context=prompt + new, queue=clients)
+    settings = Settings(rows=clients, context=prompt + new, queue=clients, interval=interval)
     config = uvicorn.Config(Server(generator, settings).app(), access_log=False, log_level="warning")
     http = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:

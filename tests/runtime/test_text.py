@@ -27,6 +27,23 @@ def test_pieces_make_up_the_text(text: str) -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@given(st.text(max_size=40), st.lists(st.integers(1, 9), min_size=1))
+def test_several_tokens_at_once_are_as_good_as_one_by_one(text: str, steps: list[int]) -> None:
+    ids, stream, single = ids_of(text), TextStream(TOKENIZER), TextStream(TOKENIZER)
+    seen = at = 0
+    while at < len(ids):
+        at += steps[seen % len(steps)]
+        seen += 1
+        stream.follow(ids[:at])
+        assert text.startswith(stream.text) or "\ufffd" in text
+        for token in ids[len(single._ids) : at]:
+            single.add(token)
+        # What waits is at most a character, of four bytes here; one by one the same or less.
+        assert len(single.text.encode()) - len(stream.text.encode()) <= 4 or "\ufffd" in text
+    assert stream.finish(ids) == text == single.finish()
+
+
+@settings(max_examples=100, deadline=None)
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_the_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
     stream = TextStream(TOKENIZER, stop)

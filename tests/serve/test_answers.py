@@ -41,7 +41,7 @@ def test_completions(serve: Callable, generator: Generator) -> None:
 
 
 def test_streams_are_the_answers_in_pieces(serve: Callable) -> None:
-    with serve().client() as client:
+    with serve(interval=0.0).client() as client:
         body = {"prompt": "ab", "max_tokens": 20, "temperature": 1, "seed": 3, "n": 2}
         whole = client.post("/v1/completions", json=body).json()
         body |= {"stream": True, "stream_options": {"include_usage": True}}

@@ -37,6 +37,19 @@ def test_many_clients_at_once_get_what_each_would_get_alone(serve: Callable, gen
     assert not running.server._jobs and not running.server.batch.running
 
 
+def test_tokens_within_the_interval_share_an_event(serve: Callable, generator: Generator) -> None:
+    (expected,) = generator.complete(["abc"], max_new_tokens=40)
+    for interval, least, most in ((0.0, 20, 41), (60.0, 3, 3)):
+        running = serve(seconds=0.01, interval=interval)
+        body = {"prompt": "abc", "max_tokens": 40, "temperature": 0, "stream": True}
+        lines = httpx2.post(f"{running.url}/v1/completions", json=body, timeout=60).text.splitlines()
+        choices = [json.loads(line[6:])["choices"][0] for line in lines if line.startswith("data: {")]
+        assert "".join(choice["text"] for choice in choices) == expected.text
+        # The first token and the end wait for nothing; the loop may be late for a few.
+        assert least <= len(choices) <= most and choices[0]["text"] == generator.tokenizer.decode(expected.tokens[:1])
+        assert choices[-1]["finish_reason"] == "length"
+
+
 def test_a_full_queue_says_so_and_serves_again(serve: Callable) -> None:
     running = serve(seconds=0.05, rows=1, queue=2)
     with running.client() as client, ThreadPoolExecutor(12) as pool:
@@ -91,7 +104,7 @@ def test_requests_that_take_too_long_end(serve: Callable) -> None:
         assert late.status_code == 504 and "0.5 s" in late.json()["error"]["message"]
         streamed = client.post("/v1/completions", json=body | {"stream": True}).text
         last = json.loads(streamed.strip().splitlines()[-1][6:])
-        assert last["error"]["code"] == "timeout" and streamed.count("data:") > 3
+        assert last["error"]["code"] == "timeout" and streamed.count("data:") > 1
     until(lambda: not running.server.batch.running)
 
 

@@ -30,6 +30,9 @@ def serve(
     queue: Annotated[int, typer.Option(help="Sequences that may wait; more get status 429.")] = 64,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 600.0,
     drain: Annotated[float, typer.Option(help="Seconds for running requests when the server is stopped.")] = 30.0,
+    interval: Annotated[
+        float, typer.Option(help="Seconds between two events of a stream; 0: one for each token.")
+    ] = 0.03,
     api_key: Annotated[str | None, typer.Option(help=f"What clients must show; better given as {KEY}.")] = None,
     speculate: Speculate = "none",
     threads: Threads = None,
@@ -44,7 +47,7 @@ def serve(
     if not 0 <= port <= 65535:
         raise ValueError(f"--port: expected 0 to 65535, got {port}")
     check_decoding(threads, cache, speculate)
-    limits = {"rows": rows, "queue": queue, "timeout": timeout, "drain": drain}
+    limits = {"rows": rows, "queue": queue, "timeout": timeout, "drain": drain, "interval": interval}
     key = api_key or os.environ.get(KEY) or None
     settings = Settings(name=name or Path(model).name, context=context or 2048, api_key=key, **limits)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

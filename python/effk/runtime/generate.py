@@ -66,8 +66,10 @@ class Stream:
         try:
             while self.sequence.finish is None:
                 self._batch.step()
-                if self.sequence.finish is not None:
-                    self._stream.finish()
+                if self.sequence.finish is None:
+                    self._stream.follow(self.sequence.tokens)
+                else:
+                    self._stream.finish(self.sequence.tokens)
                 if len(self.text) > given:
                     piece = self.text[given:]
                     given = len(self.text)
@@ -136,14 +138,19 @@ class Generator:
         if sequences:
             generate_all(self._batch(sequences, rows), sequences)
         return [
-            Completion(text.finish() if text else "", sequence.tokens, sequence.finish, sequence.logprobs)
+            Completion(
+                text.finish(sequence.tokens) if text else "", sequence.tokens, sequence.finish, sequence.logprobs
+            )
             for sequence, text in pairs
         ]
 
     def sequence(
         self, prompt: Prompt, *, stop: str | Sequence[str] = (), top: int | None = None, **options: Any
     ) -> tuple[Running, TextStream | None]:
-        """A sequence that is not running yet, and what turns its tokens into text and ends it at a stop string."""
+        """A sequence that is not running yet, and what turns its tokens into text and ends it at a stop string.
+
+        The text follows the tokens when it is told to: :meth:`TextStream.follow`, :meth:`TextStream.finish`.
+        """
         options = {"stop_ids": self.stop_ids} | options
         parts = []
         for kind in (Sampling, Limits):
@@ -157,7 +164,8 @@ class Generator:
         if self.tokenizer is None:
             return sequence, None
         text = TextStream(self.tokenizer, (stop,) if isinstance(stop, str) else stop)
-        sequence.watch = text.watch
+        if stop:
+            sequence.watch = text.watch
         return sequence, text
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 _REPLACEMENT = "\ufffd"  # what an incomplete character decodes to
 _CONTEXT = 4  # tokens decoded again before the new ones: spaces depend on what precedes
+_WINDOW = 16  # at most, before it shrinks to _CONTEXT: its text is known until then, and a call costs more than tokens
 _INCOMPLETE = 3  # tokens, of a byte each at least, of a character that is not complete
 
 
@@ -30,7 +31,8 @@ class TextStream:
         self.tokenizer, self.stop = tokenizer, tuple(stop)
         self.text, self.stopped = "", False
         self._ids: list[int] = []
-        self._read = 0  # tokens whose text was given or is held back
+        self._start, self._read = 0, 0  # tokens before _read had their text given or held back
+        self._known = ""  # text of the window, from _start to _read
         self._held = ""
 
     def add(self, token: int) -> str:
@@ -38,39 +40,54 @@ class TextStream:
         if self.stopped:
             return ""
         self._ids.append(token)
-        start, known, grown = self._window()
-        if not grown.endswith(_REPLACEMENT):
-            self._read = len(self._ids)
-            return self._give(grown[len(known) :])
-        sure = max(self._read, len(self._ids) - _INCOMPLETE)  # what precedes is not going to be a character any more
-        text = self._decode(start, sure)
-        if len(text) <= len(known) or not grown.startswith(text):
-            return ""
-        self._read = sure
-        return self._give(text[len(known) :])
+        return self._advance()
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Catch up with ``tokens``, all of the sequence, at the cost of one; with stop strings :meth:`watch` has to see each."""
+        if not self.stop and len(tokens) > len(self._ids):
+            self._ids += tokens[len(self._ids) :]
+            self._advance()
 
     def watch(self, token: int) -> bool:
         """:meth:`add`, telling whether a stop string came."""
         self.add(token)
         return self.stopped
 
-    def finish(self) -> str:
-        """No token follows: what waits comes too. Returns the whole text."""
+    def finish(self, tokens: Sequence[int] = ()) -> str:
+        """Catch up with ``tokens``; none comes after them, so what waits comes too. Returns the whole text."""
+        self.follow(tokens)
         if not self.stopped:
-            _, known, grown = self._window()
-            self._read = len(self._ids)
-            self._give(grown[len(known) :])
+            self._read_to(len(self._ids), self._decode(len(self._ids)))
         if not self.stopped:
             self.text += self._held
             self._held = ""
         return self.text
 
-    def _window(self) -> tuple[int, str, str]:
-        start = max(0, self._read - _CONTEXT)
-        return start, self._decode(start, self._read), self._decode(start, len(self._ids))
+    def _advance(self) -> str:
+        grown = self._decode(len(self._ids))
+        if not grown.endswith(_REPLACEMENT):
+            return self._read_to(len(self._ids), grown)
+        sure = max(self._read, len(self._ids) - _INCOMPLETE)
+        for end in range(len(self._ids) - 1, sure, -1):  # of several tokens, only the last few wait
+            text = self._decode(end)
+            if not text.endswith(_REPLACEMENT):
+                return self._read_to(end, text)
+        text = self._decode(sure)  # what precedes is not going to be a character any more
+        return self._read_to(sure, text) if len(text) > len(self._known) and grown.startswith(text) else ""
 
-    def _decode(self, start: int, end: int) -> str:
-        return self.tokenizer.decode(self._ids[start:end], skip_special_tokens=True) if end > start else ""
+    def _read_to(self, end: int, grown: str) -> str:
+        """``grown`` is the text of the window up to ``end``."""
+        piece, self._read, self._known = grown[len(self._known) :], end, grown
+        if end - self._start > _WINDOW:
+            self._start = end - _CONTEXT
+            self._known = self._decode(end)
+        return self._give(piece)
+
+    def _decode(self, end: int) -> str:
+        """The text of the window up to ``end``."""
+        return (
+            self.tokenizer.decode(self._ids[self._start : end], skip_special_tokens=True) if end > self._start else ""
+        )
 
     def _give(self, piece: str) -> str:
         """``piece`` and what was held back, less what has to wait."""

@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from ..runtime.batch import Batch, Sequence
 from ..runtime.generate import Generator
 from ..runtime.text import TextStream
+from ..runtime.threads import release_threads
 from .answers import DONE, Chat, Completions, LogProbs, event, failure
 from .metrics import Metrics
 from .requests import ChatRequest, CompletionRequest
@@ -104,7 +105,8 @@ class Server:
             drafter=generator.drafter,
         )
         self.metrics = Metrics(self.batch)
-        self.worker = Worker(self.batch, settings.rows, settings.queue, self._deliver)
+        self.worker = Worker(self.batch, settings.rows, settings.queue, self._deliver, settings.interval)
+        release_threads()  # those with which the model was loaded
         self._jobs: dict[Sequence, Job] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         # Encoding a long prompt takes tenths of seconds; one thread, as tokenizers keep state, and not that of decoding.
@@ -172,7 +174,7 @@ class Server:
         choices = []
         for index, (sequence, text) in enumerate(job.pairs):
             self._expect_sound(sequence)
-            choices.append(answer.choice(index, text.finish(), sequence.finish, job.logprobs(index)))
+            choices.append(answer.choice(index, text.finish(sequence.tokens), sequence.finish, job.logprobs(index)))
         return JSONResponse(answer.whole(choices, job.usage()))
 
     async def _submit(self, wanted: Any) -> Job:
@@ -213,7 +215,7 @@ class Server:
             await job.change()
 
     async def _events(self, job: Job, answer: Completions, usage: bool) -> AsyncIterator[bytes]:
-        """Server-sent events of a job; several tokens share one if the client reads slowly."""
+        """Server-sent events of a job; tokens share one if they come within ``settings.interval`` or the client reads slowly."""
         count = len(job.pairs)
         given, told, open_ = [0] * count, [0] * count, set(range(count))
         try:
@@ -224,7 +226,11 @@ class Server:
                 for index in sorted(open_):
                     sequence, text = job.pairs[index]
                     finish = sequence.finish  # before the text: what came later waits for the next turn
-                    whole = text.text if finish is None else text.finish()
+                    if finish is None:
+                        text.follow(sequence.tokens)
+                    else:
+                        text.finish(sequence.tokens)
+                    whole = text.text
                     if len(whole) > given[index]:
                         logprobs = job.logprobs(index, told[index])
                         told[index] += len(logprobs or ())

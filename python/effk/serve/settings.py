@@ -18,6 +18,8 @@ class Settings:
         body: bytes of a request at most.
         api_key: what clients of ``/v1`` must show; None: nothing.
         drain: seconds that running requests get when the server is told to stop.
+        interval: seconds between two events of a stream, but for the first and the last; tokens that come meanwhile share
+            one. 0: none share.
     """
 
     name: str = "effk"
@@ -28,12 +30,13 @@ class Settings:
     body: int = 1 << 20
     api_key: str | None = None
     drain: float = 30.0
+    interval: float = 0.03
 
     def __post_init__(self) -> None:
         for name in ("rows", "timeout", "body"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"serve: {name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("queue", "drain"):
+        for name in ("queue", "drain", "interval"):
             if getattr(self, name) < 0:
                 raise ValueError(f"serve: {name}: expected 0 or a positive number, got {getattr(self, name)}")
         if self.context is not None and self.context < 2:
