@@ -68,6 +68,7 @@ fuzz: build
 	build/cmake-*/tests/cpp/fuzz_dyad 200000
 	build/cmake-*/tests/cpp/fuzz_quik 200000
 	build/cmake-*/tests/cpp/fuzz_attention 100000
+	build/cmake-*/tests/cpp/fuzz_decoder 100000
 	build/cmake-*/tests/cpp/fuzz_relu_ffn 200000
 	build/cmake-*/tests/cpp/fuzz_bitmask 200000
 	build/cmake-*/tests/cpp/fuzz_wq_grouped 200000
@@ -81,6 +82,7 @@ sanitize: .venv/installed
 	build/sanitize/tests/cpp/fuzz_dyad 20000
 	build/sanitize/tests/cpp/fuzz_quik 20000
 	build/sanitize/tests/cpp/fuzz_attention 10000
+	build/sanitize/tests/cpp/fuzz_decoder 5000
 	build/sanitize/tests/cpp/fuzz_relu_ffn 10000
 	build/sanitize/tests/cpp/fuzz_bitmask 10000
 	build/sanitize/tests/cpp/fuzz_wq_grouped 20000

@@ -9,7 +9,7 @@ from .dense_linear import NAME as OUR_DENSE
 from .dyad_bars import DENSE_OP, MKL, OP
 from .dyad_linear import NAME as OUR_DYAD
 from .dyad_problem import BLOCKS, KINDS
-from .report import Row, figure, layer_sides
+from .report import Row, figure, layer_sides, time_of
 
 HEADER = (
     "kind",
@@ -48,7 +48,7 @@ def lines(rows: Sequence[Row], op: str) -> Iterator[tuple[str, ...]]:
             f"{f_in} x {f_out}",
             str(row.shape["T"]),
             str(row.shape["n"]),
-            figure(row.us, 4) if row.valid else "wrong result",
+            time_of(row),
             figure(row.gflops, 4),
             figure(100 * row.roofline),
             figure(least(r.us for r in same if r.backend == OUR_DENSE and r.isa == row.isa), 4),

@@ -17,6 +17,7 @@ from .timing import FOREIGN_LIMIT, Contender, ForeignCpu, quiet, take_turns
 RETRIES = 1  # of a block with too much foreign CPU
 RETRY_BUDGET_S = 30.0  # for all blocks together
 QUIET_WAIT_S = 4.0
+FIRST, FOREIGN = "DRAM read, before", "foreign CPU"  # rows about the machine: the first of a run, and what others used
 PLAUSIBLE = 1.1  # share of the measured bound; above, something is wrong with the row
 
 Say = Callable[[str], None]
@@ -107,14 +108,14 @@ def machine_rows(result: Result) -> list[Row]:
     def add(case: str, isa: str, gbps: float | None, gflops: float | None) -> None:
         out.append(Row("machine", case, {}, "", isa, m.threads, m.cpu, "", None, None, gbps, gflops, None, None, None))
 
-    add("DRAM read, before", "", m.dram_gbps, None)
+    add(FIRST, "", m.dram_gbps, None)
     if result.dram:
         add("DRAM read between the rows", "", statistics.median(result.dram), None)
     for note in result.notes:
         add(note, "", None, None)
     if result.foreign:
         median, worst = statistics.median(result.foreign), max(result.foreign)
-        add(f"foreign CPU: median {median:.1%}, worst block {worst:.1%} of a core", "", None, None)
+        add(f"{FOREIGN}: median {median:.1%}, worst block {worst:.1%} of a core", "", None, None)
     for level, gbps in m.cache_gbps.items():
         add(f"{level} read", "", gbps, None)
     for what, by_tier in m.peaks.items():

@@ -9,7 +9,7 @@ from .dyad_page import least
 from .quik_bars import OP
 from .quik_linear import NAME, PARTS, WQ
 from .quik_problem import LAYER, PRODUCT
-from .report import Row, figure
+from .report import Row, figure, time_of
 
 HEADERS = {
     PRODUCT: ("n x k", "M", "weight", "effk us", "GFLOP/s", "% roof", "fastest competitor us", "x fastest", "match"),
@@ -56,7 +56,7 @@ def lines(rows: Sequence[Row], kind: str) -> Iterator[tuple[str, ...]]:
             return least(r.us for r in found if not r.ours or ours(r))
 
         size = f"{row.shape['N']} x {row.shape['K']}", str(row.shape["M"]), f"{row.shape['bits_w']} bits"
-        own = figure(row.us, 4) if row.valid else "wrong result", figure(row.gflops, 4), figure(100 * row.roofline)
+        own = time_of(row), figure(row.gflops, 4), figure(100 * row.roofline)
         if kind == PRODUCT:
             best = min((r for r in same if not r.ours), key=lambda r: r.us, default=None)
             other = "-" if best is None else f"{figure(best.us, 4)} ({best.backend})"

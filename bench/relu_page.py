@@ -9,7 +9,7 @@ from .dyad_page import least
 from .relu_bars import OP, cost
 from .relu_ffn import DENSE, LINEAR, NAME
 from .relu_problem import BATCH, DOWN, LAYER, PROMPT
-from .report import Row, figure
+from .report import Row, figure, time_of
 
 TITLES = {
     LAYER: "Feed-forward layers that skip",
@@ -48,7 +48,7 @@ def lines(rows: Sequence[Row], kind: str) -> Iterator[tuple[str, ...]]:
         shape = f"{row.shape['d']} x {row.shape['f']}{' gated' * row.shape['gated']}"
         yield (
             shape, str(row.shape["M"]), row.dtype, str(row.shape["density"]), row.isa,
-            figure(row.us, 4) if row.valid else "wrong result", figure(row.gbps), figure(100 * row.roofline),
+            time_of(row), figure(row.gbps), figure(100 * row.roofline),
             figure(dense and dense.us, 4), figure(dense and 100 * dense.roofline), figure(gain), figure(expected),
             figure(us(theirs.BF16, theirs.FP32, theirs.INT8, theirs.INT4), 4),
             figure(us(theirs.PICKED, theirs.BAG, theirs.BYTES), 4), figure(us(LINEAR), 4), figure(row.match, 2),

@@ -52,6 +52,7 @@ class Row:
     match: float | None
     best_us: float | None = field(default=None, metadata={"json": False})
     warm_us: float | None = field(default=None, metadata={"json": False})
+    disturbed: bool = field(default=False, metadata={"json": False})  # of a run beside which others used the CPU
 
     @property
     def ours(self) -> bool:
@@ -150,6 +151,13 @@ def figure(value: float | None, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return "-"
     return f"{value:.{digits}g}" if abs(value) < 10**digits else f"{value:.0f}"
+
+
+def time_of(row: Row | None) -> str:
+    """Median microseconds of a right result, with an asterisk where the run was disturbed."""
+    if row is None:
+        return "-"
+    return figure(row.us, 4) + "*" * row.disturbed if row.valid else "wrong result"
 
 
 COLUMNS = (

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from . import bars, dyad_page, quik_page, relu_page
 from .fftconv_problem import KINDS
-from .report import COLD, Row, best_competitor, figure, geomean, read_jsonl, set_vs_best, shape_name
+from .measure import FIRST, FOREIGN
+from .report import COLD, Row, best_competitor, figure, geomean, read_jsonl, set_vs_best, shape_name, time_of
 
 LEGEND = (
     "Cold: weights rotate over at least four times the last-level cache. Medians. Ours: one call per product; "
@@ -17,18 +22,48 @@ LEGEND = (
     "competitor of the same bits (fftconv: of the same kind, allocators tuned for it included) over ours. Dense and "
     "DYAD layers: both sides in the same dtype, weights cold for one token only. Quantised layers: weights cold for up to 8 rows."
 )
+DISTURBED = 20  # percent of a core that others used
+MORE = ", "  # between the parts of a note
 FOLDER = Path(__file__).parent / "results"
 
 
 def write(paths: Sequence[Path], target: Path = FOLDER / "README.md") -> None:
     """Writes the page for the rows of all files."""
-    rows = [row for path in paths for row in read_jsonl(path)]
-    set_vs_best(rows)
-    target.write_text("\n".join(page(rows, paths)) + "\n")
+    found = [run for path in paths for run in runs(path)]
+    set_vs_best([row for run in found for row in run.rows])
+    target.write_text("\n".join(page(found, paths)) + "\n")
 
 
-def page(rows: list[Row], paths: Sequence[Path]) -> Iterator[str]:
+@dataclass(frozen=True)
+class Run:
+    """Rows that were measured together, and the share of a core that others used during the worst block, in percent."""
+
+    file: str
+    rows: list[Row]
+    foreign: float | None
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether others used so much that the times are not those of a machine left alone."""
+        return self.foreign is not None and self.foreign > DISTURBED
+
+
+def runs(path: Path) -> Iterator[Run]:
+    """The runs of a file: each begins with the machine's limits. Marks the rows of those that were disturbed."""
+    rows = read_jsonl(path)
+    starts = [i for i, row in enumerate(rows) if row.op == "machine" and row.case == FIRST] or [0]
+    for begin, end in pairwise([*starts, len(rows)]):
+        part = rows[begin:end]
+        worst = [float(m[1]) for row in part if (m := re.match(rf"{FOREIGN}: .*worst block ([\d.]+)%", row.case))]
+        run = Run(path.name, part, max(worst, default=None))
+        for row in part:
+            row.disturbed = run.disturbed
+        yield run
+
+
+def page(found: Sequence[Run], paths: Sequence[Path]) -> Iterator[str]:
     """The lines of the page."""
+    rows = [row for run in found for row in run.rows]
     yield "# Measured"
     yield ""
     yield f"Written by `python -m bench --readme` from {', '.join(f'`{p.name}`' for p in paths)}. Not edited by hand."
@@ -40,7 +75,7 @@ def page(rows: list[Row], paths: Sequence[Path]) -> Iterator[str]:
             "",
             f"## {threads} thread{'s' * (threads > 1)}",
             "",
-            *conditions(here),
+            *conditions([run for run in found if run.rows[0].threads == threads]),
             "",
             "### Bars",
             "",
@@ -76,17 +111,31 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> Iterator[str
         yield "| " + " | ".join(line) + " |"
 
 
-def conditions(rows: Sequence[Row]) -> Iterator[str]:
-    """Measured limits of the machine."""
-    limits = [r for r in rows if r.op == "machine"]
-    if limits:
-        seen: dict[str, list[float]] = {}  # runs of single shapes measured the machine once each
-        notes = [r.case for r in limits if not (r.gbps or r.gflops)]
-        for r in (r for r in limits if r.gbps or r.gflops):
+def conditions(found: Sequence[Run]) -> Iterator[str]:
+    """Measured limits of the machine, medians over the runs; then every other condition once."""
+    limits = [r for run in found for r in run.rows if r.op == "machine"]
+    if not limits:
+        return
+    seen: dict[tuple[str, str], list[float]] = {}
+    notes: dict[str, list[str]] = {}
+    for r in limits:
+        if r.gbps or r.gflops:
             name = f"{r.case} ({r.isa})" if r.isa else r.case
-            seen.setdefault(f"{name}, {'GB/s' if r.gbps else 'GFLOP/s'}:", []).append(r.gbps or r.gflops)
-        parts = [f"{name} {figure(statistics.median(values), 4)}" for name, values in seen.items()] + notes
-        yield f"{limits[0].backend}: " + "; ".join(parts) + "."
+            seen.setdefault((name, "GB/s" if r.gbps else "GFLOP/s"), []).append(r.gbps or r.gflops)
+        elif not r.case.startswith(FOREIGN):
+            name, _, what = r.case.partition(": ")
+            notes.setdefault(name, [])
+            notes[name] += [part for part in what.split(MORE) if part not in notes[name]]
+    for unit in ("GB/s", "GFLOP/s"):
+        parts = [f"{name} {figure(statistics.median(v), 4)}" for (name, u), v in seen.items() if u == unit]
+        yield f"- {limits[0].backend}, {unit}, medians of {sum(r.case == FIRST for r in limits)} runs: {', '.join(parts)}."
+    yield from (f"- {name}: {MORE.join(what)}." for name, what in notes.items())
+    shares = [run.foreign for run in found if run.foreign is not None]
+    if shares:
+        text = f"- {FOREIGN} in the worst block of a run, % of a core: {figure(min(shares))} to {figure(max(shares))}"
+        loud = Counter(run.file for run in found if run.disturbed)
+        where = MORE.join(f"`{name}` ({n} of {sum(r.file == name for r in found)} runs)" for name, n in loud.items())
+        yield text + (f"; above {DISTURBED} in {where}, whose times carry an asterisk." if loud else ".")
 
 
 def verdicts(rows: Sequence[Row]) -> Iterator[str]:
@@ -131,7 +180,7 @@ def ours(rows: Sequence[Row]) -> Iterator[str]:
                 *map(str, key),
                 spread([100 * r.roofline for r in found.values() if r.roofline]),
                 spread([r.vs_best for r in found.values() if r.vs_best]),
-                *(cell(found.get(shape)) for shape in shapes),
+                *(time_of(found.get(shape)) for shape in shapes),
             ]
             for key, found in order
         ),
@@ -141,11 +190,6 @@ def ours(rows: Sequence[Row]) -> Iterator[str]:
 def spread(values: Sequence[float]) -> str:
     """Geometric mean and worst."""
     return f"{figure(geomean(values))} ({figure(min(values))})" if values else "-"
-
-
-def cell(row: Row | None) -> str:
-    """Median microseconds."""
-    return "-" if row is None else figure(row.us, 4)
 
 
 def field(rows: Sequence[Row]) -> Iterator[str]:
@@ -160,12 +204,7 @@ def field(rows: Sequence[Row]) -> Iterator[str]:
         )[s["M"]] = r
 
     def text(row: Row | None) -> str:
-        if row is None:
-            return "-"
-        if not row.valid:
-            return "wrong result"
-        best = best_competitor(rows, row)
-        return f"**{figure(row.us, 4)}**" if row is best else figure(row.us, 4)
+        return f"**{time_of(row)}**" if row is not None and row is best_competitor(rows, row) else time_of(row)
 
     yield from table(
         ("shape", "bits", "competitor", "version", "settings", *(f"M={m} us" for m in ms), "match (M=1)"),
@@ -193,18 +232,13 @@ def convolutions(rows: Sequence[Row]) -> Iterator[str]:
         ns = 1e3 * top.us / (top.shape["B"] * top.shape["H"] * top.shape["L"])
         figures = (ns, top.gflops, 100 * top.roofline, top.vs_best)
         rest = [by.get(name) for name in (*tiers[1:], *versions)]
-        lines.append([kind, shape, valid_cell(top), *map(figure, figures), *map(valid_cell, rest)])
+        lines.append([kind, shape, time_of(top), *map(figure, figures), *map(time_of, rest)])
     yield from table(header, lines)
 
 
 def competitor(row: Row) -> str:
     """A competitor, or ours in unusual conditions, with the settings."""
     return ", ".join(filter(None, (row.backend, row.case.partition(", ")[2])))
-
-
-def valid_cell(row: Row | None) -> str:
-    """Median microseconds of a right result."""
-    return "wrong result" if row is not None and not row.valid else cell(row)
 
 
 def decoding(rows: Sequence[Row]) -> Iterator[str]:

@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 #include "common/half.h"
 #include "common/parallel.h"
@@ -91,6 +92,16 @@ inline void expect_within(const char* what, double got, double want, double boun
   if (std::fabs(got - want) <= bound + storage_step(t) * (std::fabs(want) + bound) + least) return;
   std::fprintf(stderr, "%.9g, expected %.9g within %.3g\n", got, want, bound);
   fail(what);
+}
+
+inline double activated(double v, Activation act) {
+  switch (act) {
+    case Activation::relu: return v > 0 ? v : 0;
+    case Activation::silu: return v / (1 + std::exp(-v));
+    case Activation::gelu: return 0.5 * v * std::erfc(-v / std::sqrt(2.0));
+    case Activation::gelu_tanh: return 0.5 * v * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (v + 0.044715 * v * v * v)));
+    default: return v;
+  }
 }
 
 // The callback of a pool that gives out ranges of random lengths, last first.

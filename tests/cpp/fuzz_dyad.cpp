@@ -35,16 +35,6 @@ void expect_near(const char* what, double got, double want, double size, int64_t
   if (!(std::fabs(got - want) <= double(2 * k + 8) * 6e-8 * size + storage * std::fabs(want) + 1e-7 + extra)) fail(what);
 }
 
-double activated(double v, Activation act) {
-  switch (act) {
-    case Activation::relu: return v > 0 ? v : 0;
-    case Activation::silu: return v / (1 + std::exp(-v));
-    case Activation::gelu: return 0.5 * v * std::erfc(-v / std::sqrt(2.0));
-    case Activation::gelu_tanh: return 0.5 * v * (1 + std::tanh(std::sqrt(2 / 3.14159265358979323846) * (v + 0.044715 * v * v * v)));
-    default: return v;
-  }
-}
-
 // W and its magnitudes, from the table of supports; wu is null when dense.
 struct Matrix {
   int64_t rows, columns;

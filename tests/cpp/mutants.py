@@ -3,7 +3,7 @@
     python tests/cpp/mutants.py [part of a name]
 
 A mutant changes one line of a copy of csrc, recompiles one file, links it with the objects of the last build and runs the
-fuzz program, which must fail. Takes a few seconds a mutant, a minute where a tier must be recompiled. When a line that is
+fuzz program of its folder, which must fail. Takes a few seconds a mutant, a minute where a tier must be recompiled. When a line that is
 changed here changes for good, the script says so: bring the mutant up to date.
 """
 
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,18 @@ WQ = "ops/wq_linear"
 FFT = "ops/fftconv"
 DEPTHWISE = "ops/depthwise_conv1d"
 GEMM = "gemm"
+INT8 = "gemm/int8"
+QUIK = "ops/quik_linear"
+SP24 = "ops/sp24"
 DYAD = "ops/dyad_linear"
+RELU = "ops/relu_ffn"
+BITMASK = "ops/bitmask_linear"
+GROUPED = "ops/wq_grouped_linear"
+# The program that calls what lies in a folder.
+PROGRAMS = {
+    WQ: "wq_linear", INT8: "quik", QUIK: "quik", SP24: "quik", GEMM: "dyad", DYAD: "dyad", RELU: "relu_ffn", BITMASK: "bitmask",
+    GROUPED: "wq_grouped", "ops/decoder": "decoder", "ops/attention": "attention",
+}  # fmt: skip
 
 
 class Mutant(NamedTuple):
@@ -43,9 +55,9 @@ def dispatch(name: str, old: str, new: str) -> Mutant:
     return Mutant(f"dispatch: {name}", f"{WQ}/driver.cpp", old, new, f"{WQ}/driver.cpp")
 
 
-def kernel(name: str, old: str, new: str) -> Mutant:
+def kernel(name: str, file: str, old: str, new: str) -> Mutant:
     """In the code that all tiers share; the portable tier compiles fastest."""
-    return Mutant(f"kernel: {name}", f"{WQ}/body.h", old, new, f"{WQ}/scalar.cpp")
+    return Mutant(f"kernel: {name}", f"{WQ}/{file}", old, new, f"{WQ}/scalar.cpp")
 
 
 def tier(name: str, tier: str, old: str, new: str) -> Mutant:
@@ -200,8 +212,8 @@ GEMM_MUTANTS = (
     gemm(
         "sums of an earlier piece of k forgotten",
         "simd/gemm.h",
-        "acc[r][i] = load_f32(c + r * ldc + i * 16);",
-        "acc[r][i] = zero_f();",
+        "store_f32(to, add ? add_f(acc[r][i], load_f32(to)) : acc[r][i]);",
+        "store_f32(to, acc[r][i]);",
     ),
     gemm(
         "bias of the first tile for all",
@@ -304,10 +316,6 @@ GEMM_MUTANTS = (
     ),
 )
 
-INT8 = "gemm/int8"
-QUIK = "ops/quik_linear"
-SP24 = "ops/sp24"
-
 
 def quik(name: str, file: str, old: str, new: str, unit: str | None = None) -> Mutant:
     return Mutant(f"quik_linear: {name}", file, old, new, unit or file)
@@ -399,10 +407,504 @@ QUIK_MUTANTS = (
     ),
 )
 
+
+def planter(op: str, folder: str) -> Callable[[str, str, str, str, str | None], Mutant]:
+    """Bugs in the files of a folder; those in headers that tiers share are compiled into the portable one, the fastest to compile."""
+
+    def plant(name: str, file: str, old: str, new: str, unit: str | None = None) -> Mutant:
+        own = "scalar.cpp" if file.endswith(".h") else file
+        return Mutant(f"{op}: {name}", f"{folder}/{file}", old, new, f"{folder}/{unit or own}")
+
+    return plant
+
+
+relu = planter("relu_ffn", RELU)
+RELU_MUTANTS = (
+    relu(
+        "up's bias of the place in the list", "driver.cpp", "a.up.bias[list.index ? list.index[i] : i]", "a.up.bias[i]"
+    ),
+    relu("drelu forgets the second relu", "driver.cpp", "if (a.kind == Gate::drelu && up <= 0.0f) up = 0.0f;", ""),
+    relu(
+        "lists of blocks lose their last neuron",
+        "driver.cpp",
+        "const int64_t from = i * kBlock, count = l.counts[i];",
+        "const int64_t from = i * kBlock, count = l.counts[i] - (l.counts[i] == kBlock);",
+    ),
+    relu(
+        "bits of a mask in the other order",
+        "driver.cpp",
+        "row[bit / 8] >> (bit % 8) & 1",
+        "row[bit / 8] >> (7 - bit % 8) & 1",
+    ),
+    relu(
+        "every token has the first one's mask",
+        "driver.cpp",
+        "(a.mask_rows == 1 ? 0 : token) * a.mask_bytes",
+        "0 * token * a.mask_bytes",
+    ),
+    relu(
+        "parameters of a mask's neurons by place",
+        "driver.cpp",
+        "a.param[a.param_each ? j : 0]",
+        "a.param[a.param_each ? n : 0]",
+    ),
+    relu(
+        "ties of top_k to the higher index",
+        "driver.cpp",
+        "size[i] != size[j] ? size[i] > size[j] : i < j",
+        "size[i] != size[j] ? size[i] > size[j] : i > j",
+    ),
+    relu(
+        "deviation over f - 1",
+        "driver.cpp",
+        "std::sqrt(squares / double(a.f))",
+        "std::sqrt(squares / double(a.f > 1 ? a.f - 1 : 1))",
+    ),
+    relu("rest of x lost", "driver.cpp", "std::copy_n(last, width % 16, to", "std::copy_n(last, width % 16 - 1, to"),
+    relu("rest of x not cleared", "driver.cpp", "std::fill(to + width, to + l.x_row, 0.0f);", ""),
+    relu("columns of a thread keep old sums", "driver.cpp", "std::fill(y + c0, y + c1, 0.0f);", ""),
+    relu("h beyond the list not cleared in the dense form", "driver.cpp", "std::fill_n(h, a.f, 0.0f);", ""),
+    relu(
+        "inactive tokens take their product",
+        "driver.cpp",
+        "h[i] = h[i] == 0.0f ? 0.0f : h[i] * up;",
+        "h[i] = (h[i] == 0.0f ? 1.0f : h[i]) * up;",
+    ),
+    relu(
+        "nnz counted in tokens' union",
+        "body.h",
+        "nnz[b] += __builtin_popcount(active[b]);",
+        "nnz[b] += __builtin_popcount(active[0]);",
+    ),
+    relu(
+        "a gate beyond the last",
+        "body.h",
+        "const uint32_t inside = (1u << here) - 1;",
+        "const uint32_t inside = (2u << here) - 1;",
+    ),
+    relu(
+        "below the threshold of silu",
+        "body.h",
+        "return (~not_below(p, size) & 0xffffu) | not_below(a, a);",
+        "return not_below(size, sub_f(zero, p)) | not_below(a, a);",
+    ),
+    relu("cut of the first token", "body.h", "cut ? cut[b] : 0.0f", "cut ? cut[0] : 0.0f"),
+    relu(
+        "one row of four misses its scale", "body.h", "total * at.scale[r][0] : total", "total * at.scale[0][0] : total"
+    ),
+    relu(
+        "scales of a later segment",
+        "body.h",
+        "to[g - g0] = value * scale[g < l.groups ? g : l.groups - 1];",
+        "to[g - g0] = value * scale[g - g0 < l.groups ? g - g0 : l.groups - 1];",
+    ),
+    relu(
+        "a group's scale one vector late",
+        "body.h",
+        "const int64_t g = (u * K + P * G) / GC;",
+        "const int64_t g = (u * K + P * G + 1) / GC;",
+    ),
+    relu("upper nibbles not moved down", "body.h", "if constexpr (S == 4) raw[r] = shift_right<16>(raw[r]);", ""),
+    relu("int4 rows not at zero", "pack.cpp", "type == Rows::i4 ? 0x88 : 0", "0"),
+    relu("nibbles of a byte exchanged", "pack.cpp", "int(in / 16 % 2) * 4", "4 - int(in / 16 % 2) * 4"),
+    relu(
+        "largest magnitude of the first columns",
+        "pack.cpp",
+        "neuron::quantised(type) && c < c1; ++c",
+        "neuron::quantised(type) && c < c1 - 1; ++c",
+    ),
+)
+
+bitmask = planter("bitmask_linear", BITMASK)
+BITMASK_MUTANTS = (
+    bitmask(
+        "threads skip the panel between them",
+        "driver.cpp",
+        "wanted ? low = middle + 1",
+        "wanted - 1 ? low = middle + 1",
+    ),
+    bitmask(
+        "second tile of tokens from the first",
+        "driver.cpp",
+        "static_cast<const char*>(a.x) + t0 * a.w.k * in_bytes",
+        "static_cast<const char*>(a.x)",
+    ),
+    bitmask(
+        "room of one thread for two",
+        "driver.cpp",
+        "size_t(p.x_bytes + p.sx_bytes + p.slots * p.room)",
+        "size_t(p.x_bytes + p.sx_bytes + p.room)",
+    ),
+    bitmask("zeros that are kept dropped", "pack.cpp", "a.keep || v != 0.0f", "v != 0.0f"),
+    bitmask(
+        "codes of 0 stored", "pack.cpp", "std::nearbyint(v / by)))), out->b != 0;", "std::nearbyint(v / by)))), true;"
+    ),
+    bitmask("scale of what is not kept", "pack.cpp", "if (!a.keep || a.keep[row * a.k + c]) most", "most"),
+    bitmask(
+        "scale of an empty group",
+        "pack.cpp",
+        "scale[row * scales + g] = s == 0.0f ? 1.0f : s;",
+        "scale[row * scales + g] = s;",
+    ),
+    bitmask(
+        "sum of codes in the next group",
+        "pack.cpp",
+        "row_sum[row * scales + c / span] += value.b;",
+        "row_sum[row * scales + (c + 1) / span % scales] += value.b;",
+    ),
+    bitmask(
+        "bits beyond the last column pass", "pack.cpp", "b == width - 1 && (mask & ~last)", "false && (mask & ~last)"
+    ),
+    bitmask(
+        "a panel with other counts passes",
+        "pack.cpp",
+        "w.ptr[p + 1] - w.ptr[p] != kept",
+        "false && w.ptr[p + 1] - w.ptr[p] != kept",
+    ),
+    bitmask("unpacked with the first scale", "pack.cpp", "w.scale[row * scales + c / span];", "w.scale[row * scales];"),
+    bitmask(
+        "correction by another row",
+        "body.h",
+        "128u * uint32_t(p.w.row_sum[i])",
+        "128u * uint32_t(p.w.row_sum[p.row0 * groups + g])",
+    ),
+    bitmask(
+        "zero token has no scale", "body.h", "if (scale == 0.0f || !finite) scale = 1.0f;", "if (!finite) scale = 1.0f;"
+    ),
+    bitmask(
+        "infinity not looked for",
+        "body.h",
+        "const bool finite = bits < 0x7f800000;",
+        "const bool finite = bits <= 0x7f800000;",
+    ),
+    bitmask(
+        "codes not limited",
+        "body.h",
+        "const vf by = set_f(scale), limit = set_f(127.0f)",
+        "const vf by = set_f(scale), limit = set_f(126.0f)",
+    ),
+    bitmask(
+        "tail of x not at zero", "body.h", "std::memset(to, 0, size_t(x_row));", "std::memset(to, 1, size_t(x_row));"
+    ),
+    bitmask("sums of a group kept for the next", "body.h", "std::memset(sums, 0, size_t(t.count * kRows) * 4);", ""),
+    bitmask(
+        "pieces go past their group", "body.h", "end = group_end < p.blocks ? group_end : p.blocks;", "end = p.blocks;"
+    ),
+    bitmask("row scale twice", "body.h", "if (a.w.scale && !a.w.group) v = v", "if (a.w.scale) v = v"),
+    bitmask(
+        "scale of the panel's first row",
+        "body.h",
+        "return p.w.scale + (p.row0 + r) * bitmask::groups",
+        "return p.w.scale + p.row0 * bitmask::groups",
+    ),
+    bitmask("bias of the panel's first row", "body.h", "v + bias_of(a, p.row0 + r)", "v + bias_of(a, p.row0)"),
+    bitmask("rows beyond the last written", "body.h", "if (r >= p.rows) return;", "if (r > p.rows) return;"),
+    bitmask("a token's scale for all", "body.h", "finish_int8(a, p, t.sx[n],", "finish_int8(a, p, t.sx[0],"),
+)
+
+grouped = planter("wq_grouped_linear", GROUPED)
+GROUPED_MUTANTS = (
+    grouped(
+        "bias of the first expert",
+        "driver.cpp",
+        "static_cast<const char*>(first.bias) + expert * first.n *",
+        "static_cast<const char*>(first.bias) + 0 * expert * first.n *",
+    ),
+    grouped(
+        "weights of the neighbour",
+        "driver.cpp",
+        "wq_cut(w, expert * tiles, (expert + 1) * tiles)",
+        "wq_cut(w, expert / 2 * tiles, (expert / 2 + 1) * tiles)",
+    ),
+    grouped("prepared rows overlap", "driver.cpp", "l.data + row * r.kpad", "l.data + row / 2 * r.kpad"),
+    grouped(
+        "scales of rows overlap", "driver.cpp", "base + l.scale) + row * r.spans", "base + l.scale) + row / 2 * r.spans"
+    ),
+    grouped("sums of rows overlap", "driver.cpp", "base + l.sum) + row * r.spans", "base + l.sum) + row / 2 * r.spans"),
+    grouped(
+        "blocks prepared as those before",
+        "driver.cpp",
+        "int(b - (o->end_block - o->rows.blocks))",
+        "int(b - (o->end_block - o->rows.blocks)) / 2",
+    ),
+    grouped(
+        "an expert's last block is the next one's",
+        "driver.cpp",
+        "while (b >= o->end_block) ++o;",
+        "while (b > o->end_block) ++o;",
+    ),
+    grouped(
+        "last units of a part lost",
+        "driver.cpp",
+        "to >= p.end_cost ? p.units :",
+        "to >= p.end_cost ? p.units - (p.units > 1) :",
+    ),
+    grouped(
+        "a share begins one unit late",
+        "driver.cpp",
+        "from <= start ? 0 : t16::ceil_div(from - start, p.unit_cost)",
+        "from < start ? 0 : t16::ceil_div(from - start + 1, p.unit_cost)",
+    ),
+    grouped("later blocks of an expert as the first", "driver.cpp", "t.block = part.block;", "t.block = 0;"),
+    grouped("tiles beyond the last", "driver.cpp", "(end < tiles ? end : tiles) - t.tile", "end - t.tile"),
+    grouped(
+        "workspace for half the rows",
+        "driver.cpp",
+        "l.data + aligned(size_t(a.m * r.kpad)",
+        "l.data + aligned(size_t(a.m / 2 * r.kpad)",
+    ),
+    grouped(
+        "room for one part too few",
+        "driver.cpp",
+        "aligned(size_t(l.parts) * sizeof(Part))",
+        "aligned(size_t(l.parts - 1) * sizeof(Part))",
+    ),
+)
+
+decoder = planter("decoder", "ops/decoder")
+DECODER_MUTANTS = (
+    decoder("lanes beyond the row count in the variance", "body.h", "if (n.centred && count < 16) {", "if (false) {"),
+    decoder("epsilon forgotten", "body.h", "squares / float(d) + n.eps", "squares / float(d)"),
+    decoder("norm's bias forgotten", "body.h", "if (n.bias) v = add_f", "if (false) v = add_f"),
+    decoder(
+        "mean of another length",
+        "body.h",
+        "return add_f(acc, v); }) / float(d);",
+        "return add_f(acc, v); }) / float((d + 15) / 16 * 16);",
+    ),
+    decoder(
+        "gate of another activation",
+        "body.h",
+        "case Activation::gelu: return gate_as<Activation::gelu>",
+        "case Activation::gelu: return gate_as<Activation::gelu_tanh>",
+    ),
+    decoder(
+        "sums one value too many",
+        "body.h",
+        "store_some<DType::f32>(x + i, int(count - i < 16 ? count - i : 16), add_f",
+        "store_some<DType::f32>(x + i, 16, add_f",
+    ),
+    decoder(
+        "cache of the first layer for all",
+        "driver.cpp",
+        "static_cast<char*>(s.cache.k) + layer * s.k_layer",
+        "static_cast<char*>(s.cache.k)",
+    ),
+    decoder(
+        "scales of the first layer for all",
+        "driver.cpp",
+        "a.cache.v_scale += layer * s.scale_layer;",
+        "a.cache.v_scale += 0;",
+    ),
+    decoder("joined values read as keys", "driver.cpp", "*v = joined ? k + kv_width :", "*v = joined ? k :"),
+    decoder(
+        "stride of joined keys",
+        "driver.cpp",
+        "joined ? all : kv_width, attended",
+        "joined ? q_width : kv_width, attended",
+    ),
+    decoder(
+        "second place's outputs in the first",
+        "driver.cpp",
+        "void* const* to = out + part.first;",
+        "void* const* to = out;",
+    ),
+    decoder("narrow results overlap", "driver.cpp", "narrow_y += count * p.width[i];", "narrow_y += count;"),
+    decoder(
+        "rest of narrow results lost",
+        "driver.cpp",
+        "for (int64_t j = b + whole; j < e; ++j) y[i][j] =",
+        "for (int64_t j = b + whole + 1; j < e; ++j) y[i][j] =",
+    ),
+    decoder(
+        "logits of a run's first row",
+        "driver.cpp",
+        "(s.runs[r].row + s.runs[r].count - 1) * m.width, size_t",
+        "s.runs[r].row * m.width, size_t",
+    ),
+    decoder("positions from the beginning", "driver.cpp", "e.positions + s.runs[r].start * m.width", "e.positions"),
+    decoder(
+        "row of codes of the next token",
+        "driver.cpp",
+        "row = token % t16::kTileRows, groups",
+        "row = (token + 1) % t16::kTileRows, groups",
+    ),
+    decoder(
+        "scale of the first group of codes",
+        "driver.cpp",
+        "(tile * groups + k / width) * t16::kTileRows",
+        "(tile * groups) * t16::kTileRows",
+    ),
+    decoder("gate without its factor", "driver.cpp", "m.gated ? up + s.rows * f + b : nullptr", "nullptr"),
+    decoder(
+        "second residual forgotten",
+        "driver.cpp",
+        "feed_forward(l, x, sum);\n    add(sum, h);",
+        "feed_forward(l, x, sum);",
+    ),
+    decoder(
+        "room for the head forgotten", "driver.cpp", "size_t(logit_rows(s)) * size_t(head_out)) * 2", "size_t(0)) * 2"
+    ),
+    decoder(
+        "counts of sparse layers in their room",
+        "driver.cpp",
+        "base + room.kernel + aligned(size_t(s.rows) * 4)",
+        "base + room.kernel + 64 * (s.rows > 16)",
+    ),
+)
+
+attention = planter("attention", "ops/attention")
+ATTENTION_MUTANTS = (
+    attention(
+        "second channel of a pair turned back",
+        "store.h",
+        "add_f(mul_f(b, c), mul_f(a, s))",
+        "sub_f(mul_f(b, c), mul_f(a, s))",
+    ),
+    attention(
+        "channels that are not turned lost",
+        "store.h",
+        "for (int64_t i = 2 * t.half; i < d; i += 16) {",
+        "for (int64_t i = 2 * t.half + 16; i < d; i += 16) {",
+    ),
+    attention("low part of the query forgotten", "store.h", "sub_i(code, shift_left<7>(high))", "sub_i(code, code)"),
+    attention(
+        "offset of the query's low part",
+        "store.h",
+        "128u * uint32_t(reduce_add_i(sum))",
+        "127u * uint32_t(reduce_add_i(sum))",
+    ),
+    attention(
+        "scale of the key for the value",
+        "store.h",
+        "v_scale[p] = quantise(v, d, 0, value_at);",
+        "quantise(v, d, 0, value_at), v_scale[p] = k_scale[p];",
+    ),
+    attention(
+        "tiny heads divided by zero",
+        "store.h",
+        "return most > kTiny ? range / most : 0.0f;",
+        "return range / (most * 0.99f);",
+    ),
+    attention(
+        "key beside its place in a tile",
+        "store.h",
+        "return scatter<2>(row, d, key_at);",
+        "return scatter<2>(row, d - 1, key_at);",
+    ),
+    attention(
+        "high bytes shifted by one bit less",
+        "products.h",
+        "shift_left<7>(high[r][n]), low[r][n]",
+        "shift_left<6>(high[r][n]), low[r][n]",
+    ),
+    attention(
+        "scales of the first keys for all",
+        "products.h",
+        "const vf by = load_f32(scale + 16 * n);",
+        "const vf by = load_f32(scale);",
+    ),
+    attention(
+        "old sums not made smaller",
+        "products.h",
+        "mul_f(load_f32(sum + r * d + 16 * n), set_f(alpha[r]))",
+        "load_f32(sum + r * d + 16 * n)",
+    ),
+    attention(
+        "weights of the first row",
+        "products.h",
+        "const vf by = set_f(w[r * kBlock + j]);",
+        "const vf by = set_f(w[j]);",
+    ),
+    attention(
+        "a token sees the next one",
+        "body.h",
+        "(p + 1 < b.to ? p + 1 : b.to) - b.begin",
+        "(p + 2 < b.to ? p + 2 : b.to) - b.begin",
+    ),
+    attention(
+        "window one too wide", "body.h", "t.window ? p - t.window + 1 : b.from;", "t.window ? p - t.window : b.from;"
+    ),
+    attention(
+        "first lanes of a window not masked",
+        "body.h",
+        "own.to < 16 * i + 16 || own.from > 16 * i",
+        "own.to < 16 * i + 16",
+    ),
+    attention("maximum of the last block", "body.h", "max[r] = now > before ? now : before;", "max[r] = now;"),
+    attention(
+        "norm of earlier blocks as it was", "body.h", "mul_f(load_f32(norm), set_f(m.alpha[r0 + r]))", "load_f32(norm)"
+    ),
+    attention("scales of values forgotten", "body.h", "if (t.v_scale) e = mul_f(e,", "if (false) e = mul_f(e,"),
+    attention(
+        "a chunk's part counts in full",
+        "body.h",
+        "mac(load(part.norm), more, mul_f(load(total.norm), keep))",
+        "mac(load(part.norm), keep, mul_f(load(total.norm), keep))",
+    ),
+    attention(
+        "sums of rows 16.. by the first factors",
+        "body.h",
+        "const float* add = part.sum + (r0 + r) * d;",
+        "const float* add = part.sum + r * d;",
+    ),
+    attention(
+        "widened values begin late",
+        "body.h",
+        "widen<T>(v + from * t.d * size, (to - from) * t.d, values + from * t.d,",
+        "widen<T>(v + from * t.d * size, (to - from) * t.d, values,",
+    ),
+    attention("widened keys end early", "body.h", "k1 = (to + 15) / 16 * 16 * t.d;", "k1 = to / 16 * 16 * t.d;"),
+    attention(
+        "second head reads the first one's keys",
+        "driver.cpp",
+        "(slot * c.kv_heads + head) * kv::head_bytes",
+        "(slot * c.kv_heads) * kv::head_bytes",
+    ),
+    attention(
+        "lowest position of a tile's last query",
+        "driver.cpp",
+        "r.start + query - a.window + 1",
+        "r.start + query - a.window + 2",
+    ),
+    attention(
+        "last token of a tile not appended",
+        "driver.cpp",
+        "std::min(r.count, position + kv::kTile), h, h + 1",
+        "std::min(r.count, position + kv::kTile - 1), h, h + 1",
+    ),
+    attention(
+        "parts of pieces overlap",
+        "driver.cpp",
+        "if (pieces > 1) used += (last - first) *",
+        "if (pieces > 1) used += (last - first - 1) *",
+    ),
+    attention(
+        "a piece's own first chunk twice",
+        "driver.cpp",
+        "piece.parts + (i - piece.first) *",
+        "piece.parts + 0 * (i - piece.first) *",
+    ),
+    attention(
+        "one slot's room for all", "driver.cpp", "Room own{slots + s * slot_bytes};", "Room own{slots + s * 64};"
+    ),
+    attention(
+        "results of a group in the first head",
+        "driver.cpp",
+        "(piece.head * p.group + g) * p.d);\n    }",
+        "(piece.head * p.group) * p.d);\n    }",
+    ),
+)
+
 MUTANTS = (
     FFT_MUTANTS
     + GEMM_MUTANTS
     + QUIK_MUTANTS
+    + RELU_MUTANTS
+    + BITMASK_MUTANTS
+    + GROUPED_MUTANTS
+    + DECODER_MUTANTS
+    + ATTENTION_MUTANTS
     + (
         packing("code mask one bit short", "return v & ((1 << bits) - 1);", "return v & ((1 << bits) - 2);"),
         packing(
@@ -450,45 +952,64 @@ MUTANTS = (
         ),
         kernel(
             "rest of x not cleared",
+            "prepare.h",
             "alignas(64) char tail[64] = {};",
             "alignas(64) char tail[64]; std::memset(tail, 0x3f, 64);",
         ),
         kernel(
             "rest of x one value short",
+            "prepare.h",
             "size_t((count - i) * width(t)));\n    store_f32(out + i, load_any(tail",
             "size_t((count - i - 1) * width(t)));\n    store_f32(out + i, load_any(tail",
         ),
         kernel(
             "last span counted too long",
+            "forms.h",
             "const int last = int((w.k - (r.spans - 1) * r.span + ck - 1) / ck);",
             "const int last = int((w.k - (r.spans - 1) * r.span + ck) / ck);",
         ),
-        kernel("groups of 256 take the next group's scale", "w.group > r.span ? 1 : 0", "0"),
+        kernel("groups of 256 take the next group's scale", "forms.h", "w.group > r.span ? 1 : 0", "0"),
         kernel(
             "activation maximum of the first half",
+            "prepare.h",
             "for (int i = 0; i < padded; i += 16) top = max_i",
             "for (int i = 0; i < padded; i += 32) top = max_i",
         ),
         kernel(
             "sum of codes forgets the last part",
+            "prepare.h",
             "for (int i = 0; i < padded; i += 64) sum",
             "for (int i = 0; i + 64 < padded; i += 64) sum",
         ),
-        kernel("outlier columns of the neighbour", "picked[i] = x[cols[i]];", "picked[i] = x[cols[i ? i - 1 : 0]];"),
-        kernel("outlier pieces overlap", "for (; j < end; j += kPiece) {", "for (; j < end; j += kPiece - 16) {"),
-        kernel("whole tile stored at the edge", "if (lanes == 16) {", "if (lanes >= 15) {"),
-        kernel("bias of the first tile", "+ n0 * width(w.bias_dtype);", "+ 0 * n0 * width(w.bias_dtype);"),
+        kernel(
+            "outlier columns of the neighbour",
+            "finish.h",
+            "picked[i] = x[cols[i]];",
+            "picked[i] = x[cols[i ? i - 1 : 0]];",
+        ),
+        kernel(
+            "outlier pieces overlap",
+            "finish.h",
+            "for (; j < end; j += kPiece) {",
+            "for (; j < end; j += kPiece - 16) {",
+        ),
+        kernel("whole tile stored at the edge", "finish.h", "if (n0 + 16 <= w.n) {", "if (n0 + 15 <= w.n) {"),
+        kernel(
+            "bias of the first tile", "finish.h", "(row * w.bias_row + tile * 16) * bytes", "(row * w.bias_row) * bytes"
+        ),
         kernel(
             "zero points of the first tile",
-            "const uint8_t* p = w.zeros + (tile * groups + group) * 16;",
-            "const uint8_t* p = w.zeros + group * 16;",
+            "forms.h",
+            "zeros_at(w, (tile * groups + group) * 16, groups, z);",
+            "zeros_at(w, group * 16, groups, z);",
         ),
         kernel(
             "table a row of the first tile",
+            "forms.h",
             "z.codebook = w.codebook + tile * (int64_t(16) << w.bits);",
             "z.codebook = w.codebook;",
         ),
-        kernel("codebook bytes off by one", "uint8_t(128 + (top > 0", "uint8_t(127 + (top > 0"),
+        kernel("codebook bytes off by one", "forms.h", "uint8_t(128 + (top > 0", "uint8_t(127 + (top > 0"),
         tier(
             "upper rows multiply the lower codes",
             "avx2",
@@ -530,13 +1051,10 @@ def caught(mutant: Mutant, work: Path) -> bool:
         o for o in objects if o.parts[len(BUILD.parts) + 1] not in ("effk_ops.dir", "effk_emu.dir", "effk_cuda.dir")
     ]
     program = work / "fuzz"
-    flags = ["-std=c++17", "-O2", f"-I{ROOT / 'csrc'}"]
-    families = ((WQ, "wq_linear"), (INT8, "quik"), (QUIK, "quik"), (SP24, "quik"), (GEMM, "dyad"), (DYAD, "dyad"))
-    name = next((program for folder, program in families if mutant.unit.startswith(folder)), "fftconv")
-    source = ROOT / "tests/cpp" / f"fuzz_{name}.cpp"
-    subprocess.run(
-        [words[0], *flags, str(source), str(work / "mutant.o"), *map(str, objects), "-o", str(program)], check=True
-    )
+    name = next((program for folder, program in PROGRAMS.items() if mutant.unit.startswith(folder)), "fftconv")
+    main = BUILD / f"tests/cpp/CMakeFiles/fuzz_{name}.dir/fuzz_{name}.cpp.o"
+    linker = next(word for word in words if Path(word).name.endswith(("++", "clang", "gcc")))  # behind a compiler cache
+    subprocess.run([linker, str(main), str(work / "mutant.o"), *map(str, objects), "-o", str(program)], check=True)
     return subprocess.run([program, CALLS], capture_output=True).returncode != 0
 
 
