@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import effk as package
 from cli.tiny import byte_tokenizer
@@ -34,14 +35,35 @@ def test_training_with_and_without_deft(tmp_path: Path) -> None:
     assert "| ReLU with DEFT |" in lines and (tmp_path / "deft.png").is_file() and (tmp_path / "relu.json").is_file()
 
 
-def test_relufication() -> None:
+@pytest.mark.parametrize("loss", relufication.LOSSES)
+def test_relufication(loss: str, tmp_path: Path) -> None:
     model = small_model("llama")
     model.resize_token_embeddings(257)
-    outcome = relufication.run(model, byte_tokenizer(), 12, 32, 1e-3, 0.0, 8, say=lambda text: None)
-    assert [tokens for tokens, _, _ in outcome.points] == [0, 64, 128, 192, 256, 320, 384]
-    assert outcome.points[-1][1] < outcome.points[0][1], "it learns"
+    how = relufication.Training(12, 32, 2, 1e-3, 0.0, loss, narrow=loss == "distil")
+    outcome = relufication.run(model, byte_tokenizer(), how, 8, tmp_path, say=lambda text: None)
+    assert [tokens for tokens, _, _ in outcome.points] == [0, 128, 256, 384, 512, 640, 768]
+    if loss == "text":
+        assert outcome.points[-1][1] < outcome.points[0][1], "it learns"
     assert len(outcome.density) == 3 and outcome.speed.largest_error < 1e-4
-    assert "| 384 |" in "\n".join(relufication.table(outcome))
+    assert "| 768 |" in "\n".join(relufication.table(outcome))
+    ids = torch.arange(1, 20)[None]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path).eval()  # transformers alone
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-4)
+
+
+def test_distillation_is_nothing_between_equals() -> None:
+    model = small_model("llama")
+    ids = torch.arange(1, 20)[None]
+    assert float(relufication.objective(model, model, ids, False).detach()) == pytest.approx(0, abs=1e-6)
+
+
+def test_windows_are_cut_elsewhere_every_time() -> None:
+    how = relufication.Training(steps=9000, length=32, batch=1)
+    windows = torch.cat(relufication.windows_of(byte_tokenizer(), how))
+    assert windows.shape == (9000, 32) and len({tuple(w.tolist()) for w in windows}) > 8500, (
+        "of 8423 that fit side by side"
+    )
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2.0**-6)])

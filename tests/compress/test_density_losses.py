@@ -111,6 +111,14 @@ def test_density_falls_and_only_adapters_move(kind: str) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
 
 
+def test_a_loss_that_would_be_missing_is_an_error() -> None:
+    """A wrapper that calls ``forward`` instead of the model runs past the hooks."""
+    model = small_model("opt").train()
+    with DensityLoss(model), pytest.raises(RuntimeError, match="calls of a part of it"):
+        for _ in range(3):
+            model.forward(IDS, labels=IDS)
+
+
 def test_bad_arguments() -> None:
     model = small_model("opt")
     for change, message in (({"kind": "l0"}, "kind"), ({"eps": 0.0}, "eps")):

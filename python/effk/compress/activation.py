@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..formats.neuron import DTYPES, check_rows
 from ..nn.relu_ffn import SparseFFN
+from .continuations import Continuations
 from .networks import NetworkPlan, NetworkRecipe
 from .sparse_networks import SparseNetwork
 from .sparsity import NetworkSparsity
@@ -34,10 +35,12 @@ class ActivationRecipe(NetworkRecipe):
         rows: how neuron rows are stored: "fp32", "bf16", "fp16", "int8" or "int4"; None: in 16 bits where these hold
             the weights exactly, else in fp32.
         group: columns of a row that share a scale, 32, 64 or 128; 0: the row. Only for int8 and int4.
+        continuation: tokens of each generation that an approximate method is checked by (:mod:`.continuations`); 0: none.
     """
 
     rows: str | None = None
     group: int = 0
+    continuation: int = 64
 
     def check(self) -> None:
         super().check()
@@ -46,6 +49,7 @@ class ActivationRecipe(NetworkRecipe):
         except ValueError as error:
             raise ValueError(str(error)) from None
         self._expect("compute", self.compute == "float", "'float'")
+        self._expect("continuation", type(self.continuation) is int and self.continuation >= 0, "0 or more tokens")
 
 
 class ActivationHandler(ABC):
@@ -155,6 +159,7 @@ class SparsityReport:
         held_out: sequences that the figures were measured on; 0: too few were given, and they are those of
             calibration.
         skipped: network name -> reason.
+        continuations: generations beside the original's, of an approximate method on a decoder; else None.
         costs: bytes and multiply-accumulates of a token (:func:`.activation_convert.costs`).
         notes: the method's own figures.
     """
@@ -166,6 +171,7 @@ class SparsityReport:
     perplexity_before: float | None
     perplexity_prepared: float | None
     perplexity_after: float | None
+    continuations: Continuations | None
     held_out: int
     skipped: Mapping[str, str]
     model_bytes_before: int
@@ -184,15 +190,16 @@ class SparsityReport:
         if not self.approximates:
             return "exact: what is skipped is zero, outputs are those of the dense model up to summation order"
         return (
-            f"approximate: {self.approximates}; perplexity alone does not show what is lost, measure a generation and a "
-            "reasoning task before use"
+            f"approximate: {self.approximates}; perplexity and short continuations do not show all that is lost, measure "
+            "a reasoning task before use"
         )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of everything but the plan."""
         body = {f.name: copy.copy(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "plan"}
         found = {name: None if s is None else dataclasses.asdict(s) for name, s in self.networks.items()}
-        return body | {"networks": found, "statement": self.statement()}
+        generated = None if self.continuations is None else dataclasses.asdict(self.continuations)
+        return body | {"networks": found, "continuations": generated, "statement": self.statement()}
 
     def save(self, path: str) -> None:
         """Write :meth:`to_json` to ``path``, and the plot beside it with suffix ``.png``."""
@@ -249,6 +256,8 @@ class SparsityReport:
                 f"  perplexity on {text} text {self.perplexity_before:.2f}, prepared {self.perplexity_prepared:.2f}, "
                 f"at the end {self.perplexity_after:.2f}"
             )
+        if self.approximates:
+            lines.append(f"  {self.continuations or 'continuations not measured: no decoder, or no calibration text'}")
         if self.measured:
             c = self.costs
             lines.append(

@@ -14,6 +14,7 @@ from ..nn.relu_ffn import SparseFFN, sparse_ffns
 from .activation import ActivationHandler, ActivationRecipe, Session, SparsityReport
 from .apply import model_bytes
 from .calibrate import Block, check_calib, stream_blocks
+from .continuations import compare, observe
 from .convert import hold_out, perplexity
 from .cost_model import Ffn, decoding_bytes
 from .layers import replace_module
@@ -75,6 +76,8 @@ def compress_activations(
     judged = held or fitted
     session = Session(model, recipe, networks, fitted, judged, progress)
     before, bytes_before, read_before = perplexity(model, judged), model_bytes(model), decoding_bytes(model)
+    approximates = handler.exact(recipe)
+    original = observe(model, judged, recipe.continuation) if approximates else None
     handler.prepare(session)
     converted = perplexity(model, judged)
 
@@ -96,12 +99,13 @@ def compress_activations(
     sparsity, inputs = measure(model, judged) if judged else ({}, {})
     return SparsityReport(
         plan=made,
-        approximates=handler.exact(recipe),
+        approximates=approximates,
         networks={name: sparsity.get(network.place) for name, network in by_name.items() if name in made.networks},
         inputs=inputs,
         perplexity_before=before,
         perplexity_prepared=converted,
         perplexity_after=perplexity(model, judged),
+        continuations=None if original is None else compare(model, original),
         held_out=sum(len(batch) for batch in held),
         skipped=dict(made.skipped),
         model_bytes_before=bytes_before,

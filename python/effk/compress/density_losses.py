@@ -78,13 +78,21 @@ class DensityLoss:
     ``with DensityLoss(model, "deft"): trainer.train()``, or :meth:`attach` and :meth:`detach`. Attached, the outputs
     of ``model`` (a transformers model called with ``labels``) carry ``loss + weight * density loss`` in training
     mode, and :attr:`last` the density loss alone; :meth:`value` gives it to a training loop of one's own. Gradients
-    reach whatever requires them: under PEFT the adapters alone.
+    reach whatever requires them: under PEFT the adapters alone. Where transformers' Trainer accumulates gradients, each
+    part of a batch carries the weight of its share of the predicted tokens, as the task's loss does.
 
     Args:
-        model: its feed-forward networks are found by :func:`effk.compress.sparse_networks.activations`.
+        model: what the trainer calls, under PEFT the wrapped model; its feed-forward networks are found by
+            :func:`effk.compress.sparse_networks.activations`.
         kind: "deft", "l1" or "hoyer".
-        weight: a number, or a function of the step, such as :func:`prosparse_schedule`.
+        weight: a number, or a function of the step (forward passes that trained so far), such as
+            :func:`prosparse_schedule`.
         eps: of DEFT; published: 1e-7, with prompt tuning 20.
+
+    Raises:
+        ValueError: an unknown kind, ``eps`` not positive, no networks of a known shape.
+        RuntimeError: while training: the model was called past its hooks, or its activations ran without gradients
+            (reentrant checkpointing: ask for ``use_reentrant=False``); the loss would be missing without a word.
     """
 
     def __init__(
@@ -102,6 +110,7 @@ class DensityLoss:
         self.density: float = float("nan")  # exact share of non-zeros in the last step
         self._seen: list[Tensor] = []
         self._kept: Tensor | None = None
+        self._share, self._called = 1.0, False
         self._handles: list[Any] = []
 
     def attach(self) -> DensityLoss:
@@ -130,28 +139,50 @@ class DensityLoss:
             raise RuntimeError("DensityLoss: value: expected a forward pass with gradients before it, got none")
         tokens = [z.flatten(0, -2) for z in tensors]
         if self._kept is not None:
-            tokens = [z[self._kept.flatten().to(z.device)] for z in tokens]
+            tokens = [z[_fit(self._kept, len(z)).to(z.device)] for z in tokens]
         measure = {"deft": lambda z: deft(z, self.eps), "l1": l1, "hoyer": hoyer}[self.kind]
         self.density = sum(float((z.detach() != 0).float().mean()) for z in tokens) / len(tokens)
         self.last = torch.stack([measure(z) for z in tokens]).mean()
         return self.last
 
     def _start(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
-        self._seen = []
+        mask, labels, predicted = (kwargs.get(name) for name in ("attention_mask", "labels", "num_items_in_batch"))
+        self._seen, self._called = [], True
         self._kept = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._share = 1.0
+        if predicted is not None and isinstance(labels, Tensor):  # the Trainer's: a part of an accumulated batch
+            self._share = float((labels[..., 1:] != -100).sum() / predicted)
 
     def _watch(self, module: nn.Module, args: tuple[Tensor, ...], z: Tensor) -> None:
-        if torch.is_grad_enabled():
-            self._seen.append(z)
+        if not torch.is_grad_enabled():
+            return
+        if not self._called and len(self._seen) >= 2 * len(self.acts):
+            raise RuntimeError(
+                "DensityLoss: model: expected calls of the model that it was given, got calls of a part of it or "
+                "of its forward()"
+            )
+        self._seen.append(z)
 
     def _add(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         loss = getattr(output, "loss", None)
-        if loss is None or not self._seen or not self.model.training:
+        if loss is None or not self.model.training or not torch.is_grad_enabled():
             return output
+        if not self._seen:
+            raise RuntimeError(
+                "DensityLoss: model: expected activations with gradients, got none; gradient checkpointing needs "
+                "use_reentrant=False"
+            )
         weight = self.weight(self.step) if callable(self.weight) else self.weight
         self.step += 1
-        output.loss = loss + weight * self.value()
+        output.loss = loss + weight * self._share * self.value()
         if isinstance(output, dict):
             output["loss"] = output.loss
         return output
+
+
+def _fit(kept: Tensor, rows: int) -> Tensor:
+    """A mask ``[batch, length]`` for ``rows`` activations; what PEFT puts in front of the tokens counts."""
+    ahead = rows // len(kept) - kept.shape[1]
+    if ahead > 0:
+        kept = torch.cat([kept.new_ones(len(kept), ahead), kept], 1)
+    return kept[:, max(0, -ahead) :].flatten()
