@@ -36,7 +36,8 @@ template <Values V> EFFK_INLINE vf expand16(const uint8_t* at, uint32_t bits) {
   const uint32_t low = bits & 255;
   return {expand8<V>(at, low), expand8<V>(at + __builtin_popcount(low) * effk::bitmask::bytes_of(V), bits >> 8)};
 }
-EFFK_INLINE vi expand64(const uint8_t* at, uint64_t mask) {
+EFFK_INLINE vi bytes64(const uint8_t*& at, const uint64_t* word) {
+  const uint64_t mask = *word;
   const auto sixteen = [&](int i) {
     const uint32_t low = uint32_t(mask >> (16 * i)) & 255, high = uint32_t(mask >> (16 * i + 8)) & 255;
     const __m128i a = _mm_shuffle_epi8(load8(at), load8(kShuffles.of[low]));
@@ -55,6 +56,8 @@ template <int R> EFFK_INLINE void fold(const vi (&acc)[R], int32_t* out) {
 
 }  // namespace
 }  // namespace effk::avx2
+
+#include "ops/bitmask_linear/sixteen.h"
 
 #include "ops/bitmask_linear/body.h"
 

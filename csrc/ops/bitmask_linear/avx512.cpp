@@ -3,6 +3,7 @@
 #include "simd/avx512.h"
 
 #include "ops/bitmask_linear/expand512.h"
+#include "ops/bitmask_linear/sixteen.h"
 
 #include "ops/bitmask_linear/body.h"
 

@@ -1,7 +1,12 @@
 // The loops of bitmask_linear over the vector vocabulary of csrc/simd and the tier's own expansion of values by a mask:
 //
-//   vf expand16<V>(at, bits)   16 columns in fp32: value i at the i-th set bit, 0 elsewhere; reads at most 64 bytes from `at`
-//   vi expand64(at, mask)      64 columns of bytes
+//   vi bytes64(at, mask)       64 columns of bytes: value i at the i-th set bit of the word, 0 elsewhere; reads at most 64 bytes from
+//                              `at` and moves it behind the values
+//   vi dot64<Few>(acc, x, at, mask)         acc + the product of these with 64 bytes of x. Few: most words have half of their bits
+//                                           set at most
+//   void floats64<V, Few>(at, mask, w)      the same in fp32, w[4], columns in the order of order_columns
+//   void order_columns<V>(x, n)             brings 64 i fp32 columns of x into that order; nothing for most
+//   kFewValues                 from how many bits of 64 on Few does not pay
 //   void fold(acc, out)        out[r] = sum of the lanes of acc[r], r < 8
 //   kTileRows, kTileTokens     the register block of a dense product
 //
@@ -18,19 +23,16 @@ namespace {
 
 using namespace effk::bitmask;
 
-// Read once: g++ reads a mask a second time for its count, and 75 % zeros take 3 to 10 % longer (Zen 5).
-EFFK_INLINE uint64_t in_register(uint64_t mask) {
-  __asm__("" : "+r"(mask));
-  return mask;
-}
-EFFK_INLINE int64_t popcount(uint64_t mask) { return __builtin_popcountll(mask); }
 EFFK_INLINE void put(void* y, DType t, int64_t i, float v) {
   if (t == DType::f32) { std::memcpy(static_cast<char*>(y) + 4 * i, &v, 4); return; }
   const uint16_t h = t == DType::bf16 ? float_to_bf16(v) : float_to_f16(v);
   std::memcpy(static_cast<char*>(y) + 2 * i, &h, 2);
 }
 
-void read_token(const void* x, DType t, int64_t k, float* to, int64_t x_row) { read_floats(x, t, k, 0, x_row, to); }
+void read_token(const void* x, DType t, int64_t k, Values values, float* to, int64_t x_row) {
+  read_floats(x, t, k, 0, x_row, to);
+  if (values == Values::bf16) order_columns<Values::bf16>(to, x_row);
+}
 
 void quantize_token(const void* x, DType t, int64_t k, uint8_t* to, int64_t x_row, float* sx) {
   const char* from = static_cast<const char*>(x);
@@ -59,9 +61,12 @@ struct Panel {
   const uint64_t* masks;
   const uint8_t* at;  // the next value
 
+  bool few;           // few bits are set: which form of an expansion is the faster one
+
   EFFK_INLINE Panel(const Weight& weight, int64_t p)
       : w(weight), blocks(bitmask::blocks(weight.k)), row0(p * kRows), rows(int(weight.n - row0 < kRows ? weight.n - row0 : kRows)),
-        masks(weight.masks + p * blocks * kRows), at(weight.values + weight.ptr[p] * bitmask::bytes_of(weight.type)) {}
+        masks(weight.masks + p * blocks * kRows), at(weight.values + weight.ptr[p] * bitmask::bytes_of(weight.type)),
+        few(weight.ptr[p + 1] - weight.ptr[p] <= blocks * kRows * kFewValues) {}
 };
 EFFK_INLINE float bias_of(const Args& a, int64_t row) { return a.bias ? float_at(a.bias, a.bias_dtype, row) : 0.0f; }
 
@@ -80,32 +85,35 @@ EFFK_INLINE void finish_int8(const Args& a, const Panel& p, float sx, const floa
   for (int r = 0; r < p.rows; ++r) put(y, a.dtype, token * a.w.n + p.row0 + r, total[r] * sx + bias_of(a, p.row0 + r));
 }
 
+// Sums over `blocks` blocks of 64 columns from a memory stream; `at` moves on. Few: 32 values of a row's 64 are more than usual.
+template <bool Few> EFFK_INLINE void sum_blocks(const uint8_t* x, const uint64_t* mask, int64_t blocks, const uint8_t*& at, int32_t* sums) {
+  vi acc[kRows];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) acc[r] = zero_i();
+  for (int64_t b = 0; b < blocks; ++b, mask += kRows) {
+    const vi codes = load_unit(x + b * kBlock);
+    prefetch(mask + kAheadBytes / 8);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      if (r % 2 == 0) prefetch(at + kAheadBytes);  // a line for two rows: half of the weight is zero, or more
+      acc[r] = dot64<Few>(acc[r], codes, at, mask + r);
+    }
+  }
+  fold(acc, sums);
+}
+
 void stream_int8(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y) {
   const uint8_t* x = static_cast<const uint8_t*>(t.x);
   for (int64_t i = p0; i < p1; ++i) {
     const Panel p(a.w, i);
     const int64_t step = a.w.group ? a.w.group / kBlock : p.blocks;
-    const uint64_t* mask = p.masks;
     const uint8_t* at = p.at;
     float total[kRows] = {};
     for (int64_t b0 = 0; b0 < p.blocks; b0 += step) {
-      const int64_t b1 = b0 + step < p.blocks ? b0 + step : p.blocks;
-      vi acc[kRows];
-#pragma GCC unroll 8
-      for (int r = 0; r < kRows; ++r) acc[r] = zero_i();
-      for (int64_t b = b0; b < b1; ++b, mask += kRows) {
-        const vi codes = load_unit(x + b * kBlock);
-        prefetch(mask + kAheadBytes / 8);
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-          if (r % 2 == 0) prefetch(at + kAheadBytes);  // a line for two rows: half of the weight is zero, or more
-          const uint64_t bits = in_register(mask[r]);
-          acc[r] = dot_u8s8<true>(acc[r], codes, expand64(at, bits));
-          at += popcount(bits);
-        }
-      }
+      const int64_t count = b0 + step < p.blocks ? step : p.blocks - b0;
       int32_t sums[kRows];
-      fold(acc, sums);
+      if (p.few) sum_blocks<true>(x + b0 * kBlock, p.masks + b0 * kRows, count, at, sums);
+      else sum_blocks<false>(x + b0 * kBlock, p.masks + b0 * kRows, count, at, sums);
       add_group(p, b0 / step, sums, total);
     }
     finish_int8(a, p, t.sx[0], total, y, 0);
@@ -140,25 +148,9 @@ template <int R, int T> EFFK_INLINE void block_int8(const uint8_t* piece, int64_
 
 // ---- float activations ----------------------------------------------------------------------------
 
-template <Values V> EFFK_INLINE vf expand_scaled(const uint8_t* at, uint32_t bits, const float* scale) {
-  const vf w = expand16<V>(at, bits);
-  if constexpr (V != Values::i8) return w;
-  return scale ? mul_f(w, set_f(*scale)) : w;
-}
-// Calls visit(j, w): columns 16 j.. of 64, for the four j.
-template <Values V, class F> EFFK_INLINE const uint8_t* visit_block(const uint8_t* at, uint64_t bits, const float* scale, const F& visit) {
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const uint32_t part = uint32_t(bits >> (16 * j)) & 0xffffu;
-    visit(j, expand_scaled<V>(at, part, scale));
-    at += popcount(part) * bitmask::bytes_of(V);
-  }
-  return at;
-}
-// The scale that is multiplied into a weight: only with groups; one a row waits for the sum.
-template <Values V> EFFK_INLINE const float* scale_inside(const Panel& p, int r, int64_t b) {
-  if (V != Values::i8 || !p.w.group || r >= p.rows) return nullptr;
-  return p.w.scale + (p.row0 + r) * bitmask::groups(p.w.k, p.w.group) + b * kBlock / p.w.group;
+// Scales of groups are multiplied into the weights; one a row waits for the sum.
+EFFK_INLINE float scale_at(const Panel& p, int r, int64_t b) {
+  return r < p.rows ? p.w.scale[(p.row0 + r) * bitmask::groups(p.w.k, p.w.group) + b * kBlock / p.w.group] : 0.0f;
 }
 EFFK_INLINE void finish_float(const Args& a, const Panel& p, int r, vf sum, char* y, int64_t token) {
   if (r >= p.rows) return;
@@ -167,25 +159,40 @@ EFFK_INLINE void finish_float(const Args& a, const Panel& p, int r, vf sum, char
   put(y, a.dtype, token * a.w.n + p.row0 + r, v + bias_of(a, p.row0 + r));
 }
 
-template <Values V> void stream_float(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y) {
-  const float* x = static_cast<const float*>(t.x);
-  for (int64_t i = p0; i < p1; ++i) {
-    const Panel p(a.w, i);
-    const uint64_t* mask = p.masks;
-    const uint8_t* at = p.at;
-    vf acc[kRows];
+template <Values V, bool Few, bool Scaled> EFFK_INLINE void sum_floats(const Panel& p, const float* x, vf (&sums)[kRows]) {
+  const uint64_t* mask = p.masks;
+  const uint8_t* at = p.at;
+  vf acc[kRows], scale[kRows];
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) acc[r] = zero_f();
-    for (int64_t b = 0; b < p.blocks; ++b, mask += kRows) {
+  for (int r = 0; r < kRows; ++r) acc[r] = zero_f();
+  const int64_t step = Scaled ? p.w.group / kBlock : p.blocks;
+  for (int64_t b0 = 0; b0 < p.blocks; b0 += step) {
+    const int64_t b1 = b0 + step < p.blocks ? b0 + step : p.blocks;
+#pragma GCC unroll 8
+    for (int r = 0; Scaled && r < kRows; ++r) scale[r] = set_f(scale_at(p, r, b0));
+    for (int64_t b = b0; b < b1; ++b, mask += kRows) {
       prefetch(mask + kAheadBytes / 8);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         prefetch(at + kAheadBytes);
-        at = visit_block<V>(at, mask[r], scale_inside<V>(p, r, b), [&](int j, vf w) { acc[r] = mac(w, load_f32(x + b * kBlock + j * 16), acc[r]); });
+        vf w[4];
+        floats64<V, Few>(at, mask + r, w);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) acc[r] = mac(Scaled ? mul_f(w[j], scale[r]) : w[j], load_f32(x + b * kBlock + j * 16), acc[r]);
       }
     }
+  }
 #pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) finish_float(a, p, r, acc[r], y, 0);
+  for (int r = 0; r < kRows; ++r) sums[r] = acc[r];
+}
+template <Values V, bool Scaled> void stream_float(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y) {
+  const float* x = static_cast<const float*>(t.x);
+  for (int64_t i = p0; i < p1; ++i) {
+    const Panel p(a.w, i);
+    vf sums[kRows];
+    p.few ? sum_floats<V, true, Scaled>(p, x, sums) : sum_floats<V, false, Scaled>(p, x, sums);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) finish_float(a, p, r, sums[r], y, 0);
   }
 }
 
@@ -245,11 +252,7 @@ void tile_int8(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y, 
       for (int64_t b = b0; b < b1; ++b) {
         prefetch(at + kAheadBytes);
         prefetch(at + kAheadBytes + 64);
-        for (int r = 0; r < kRows; ++r) {
-          const uint64_t bits = p.masks[b * kRows + r];
-          store_unit(piece + ((b - b0) * kRows + r) * 64, expand64(at, bits));
-          at += popcount(bits);
-        }
+        for (int r = 0; r < kRows; ++r) store_unit(piece + ((b - b0) * kRows + r) * 64, bytes64(at, p.masks + b * kRows + r));
       }
       for (int r = 0; r < kRows; r += kTileRows)
         over_tokens(t.count, [&](int64_t t0, auto tokens) {
@@ -282,7 +285,10 @@ template <Values V> void tile_float(const Args& a, const Tokens& t, int64_t p0, 
         for (int r = 0; r < kRows; ++r) {
           prefetch(at + kAheadBytes);
           uint8_t* to = piece + ((b - b0) * 4 * kRows + r) * 64;
-          at = visit_block<V>(at, p.masks[b * kRows + r], scale_inside<V>(p, r, b), [&](int j, vf w) { store_f32(to + j * kRows * 64, w); });
+          vf w[4];
+          floats64<V, false>(at, p.masks + b * kRows + r, w);
+          const vf scale = set_f(V == Values::i8 && p.w.group ? scale_at(p, r, b) : 1.0f);
+          for (int j = 0; j < 4; ++j) store_f32(to + j * kRows * 64, V == Values::i8 ? mul_f(w[j], scale) : w[j]);
         }
       for (int r = 0; r < kRows; r += kTileRows)
         over_tokens(t.count, [&](int64_t t0, auto tokens) {
@@ -296,7 +302,10 @@ template <Values V> void tile_float(const Args& a, const Tokens& t, int64_t p0, 
 }
 
 template <Values V> void multiply_float(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y, char* room) {
-  t.count == 1 ? stream_float<V>(a, t, p0, p1, y) : tile_float<V>(a, t, p0, p1, y, room);
+  if (t.count > 1) return tile_float<V>(a, t, p0, p1, y, room);
+  if constexpr (V == Values::i8)
+    if (a.w.group) return stream_float<V, true>(a, t, p0, p1, y);
+  stream_float<V, false>(a, t, p0, p1, y);
 }
 void multiply_panels(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y, char* room) {
   if (a.int8) return t.count == 1 ? stream_int8(a, t, p0, p1, y) : tile_int8(a, t, p0, p1, y, room);

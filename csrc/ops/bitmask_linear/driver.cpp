@@ -78,7 +78,7 @@ void run(const Args& a, void* workspace, const ParallelFor& pf) {
       for (int64_t i = i0; i < i1; ++i) {
         const void* token = from + i * a.w.k * in_bytes;
         if (a.int8) k.quantize(token, a.dtype, a.w.k, reinterpret_cast<uint8_t*>(x) + i * p.x_row, p.x_row, sx + i);
-        else k.read(token, a.dtype, a.w.k, reinterpret_cast<float*>(x) + i * p.x_row, p.x_row);
+        else k.read(token, a.dtype, a.w.k, a.w.type, reinterpret_cast<float*>(x) + i * p.x_row, p.x_row);
       }
     });
     char* y = static_cast<char*>(a.y) + t0 * a.w.n * in_bytes;

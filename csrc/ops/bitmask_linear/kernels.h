@@ -19,8 +19,8 @@ struct Tokens {
 struct Kernel {
   isa::Tier tier;
   const char* name;
-  // One token as above.
-  void (*read)(const void* x, DType, int64_t k, float* to, int64_t x_row);
+  // One token as above; its columns in the order in which the tier expands values of this type.
+  void (*read)(const void* x, DType, int64_t k, Values, float* to, int64_t x_row);
   void (*quantize)(const void* x, DType, int64_t k, uint8_t* to, int64_t x_row, float* sx);
   // Panels [p0, p1) for all tokens; y: that of the first token. room: room_bytes(count).
   void (*multiply)(const Args&, const Tokens&, int64_t p0, int64_t p1, char* y, char* room);

@@ -23,10 +23,10 @@ template <Values V> EFFK_INLINE vf expand16(const uint8_t* at, uint32_t bits) {
   }
   return out;
 }
-EFFK_INLINE vi expand64(const uint8_t* at, uint64_t mask) {
+EFFK_INLINE vi bytes64(const uint8_t*& at, const uint64_t* mask) {
   uint8_t out[64] = {};
   for (int i = 0; i < 64; ++i)
-    if (mask >> i & 1) out[i] = *at++;
+    if (*mask >> i & 1) out[i] = *at++;
   return load_unit(out);
 }
 template <int R> EFFK_INLINE void fold(const vi (&acc)[R], int32_t* out) {
@@ -35,6 +35,8 @@ template <int R> EFFK_INLINE void fold(const vi (&acc)[R], int32_t* out) {
 
 }  // namespace
 }  // namespace effk::scalar
+
+#include "ops/bitmask_linear/sixteen.h"
 
 #include "ops/bitmask_linear/body.h"
 
