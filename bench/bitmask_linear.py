@@ -37,7 +37,12 @@ class Layer:
         return f"{self.n}x{self.k}"
 
 
-LAYERS = (Layer(4096, 4096), Layer(11008, 4096), Layer(4096, 11008), Layer(2048, 8192))
+LAYERS = tuple(
+    Layer(n, k)
+    for n, k in (
+        (4096, 4096), (11008, 4096), (4096, 11008), (8192, 2048), (2048, 8192), (3072, 768), (768, 3072), (1536, 576), (576, 1536)
+    )
+)  # fmt: skip
 
 
 class Made(NamedTuple):

@@ -70,19 +70,48 @@ struct Panel {
 };
 EFFK_INLINE float bias_of(const Args& a, int64_t row) { return a.bias ? float_at(a.bias, a.bias_dtype, row) : 0.0f; }
 
-// ---- int8 activations -----------------------------------------------------------------------------
-
-// Sums over columns of group g (whole: of the row), integers with 128 added to every activation, to their fp32 total.
-EFFK_INLINE void add_group(const Panel& p, int64_t g, const int32_t* sums, float* total) {
-  const int64_t groups = bitmask::groups(p.w.k, p.w.group);
-  for (int r = 0; r < p.rows; ++r) {
-    const int64_t i = (p.row0 + r) * groups + g;
-    const int32_t exact = int32_t(uint32_t(sums[r]) - 128u * uint32_t(p.w.row_sum[i]));
-    total[r] = total[r] + p.w.scale[i] * float(exact);
+// The eight rows of a whole panel at once: with few columns what ends a panel costs as much as its products.
+EFFK_INLINE vf load_eight(const void* p, DType t, int64_t i) {
+  switch (t) {
+    case DType::bf16: return load_part<DType::bf16>(p, i, int(kRows));
+    case DType::f16: return load_part<DType::f16>(p, i, int(kRows));
+    default: return load_part<DType::f32>(p, i, int(kRows));
   }
 }
-EFFK_INLINE void finish_int8(const Args& a, const Panel& p, float sx, const float* total, char* y, int64_t token) {
-  for (int r = 0; r < p.rows; ++r) put(y, a.dtype, token * a.w.n + p.row0 + r, total[r] * sx + bias_of(a, p.row0 + r));
+EFFK_INLINE void store_eight(void* p, DType t, int64_t i, vf v) {
+  switch (t) {
+    case DType::bf16: return store_part<DType::bf16>(p, i, int(kRows), v);
+    case DType::f16: return store_part<DType::f16>(p, i, int(kRows), v);
+    default: return store_part<DType::f32>(p, i, int(kRows), v);
+  }
+}
+// y = v + bias for the rows of a panel.
+EFFK_INLINE void put_rows(const Args& a, const Panel& p, vf v, char* y, int64_t token) {
+  const int64_t at = token * a.w.n + p.row0;
+  if (p.rows == kRows) return store_eight(y, a.dtype, at, add_f(v, a.bias ? load_eight(a.bias, a.bias_dtype, p.row0) : zero_f()));
+  float rows[16];
+  store_f32(rows, v);
+  for (int r = 0; r < p.rows; ++r) put(y, a.dtype, at + r, rows[r] + bias_of(a, p.row0 + r));
+}
+
+// ---- int8 activations -----------------------------------------------------------------------------
+
+// total + the sums over columns of group g (one scale a row: over all), integers with 128 added to every activation, in fp32.
+EFFK_INLINE vf add_group(const Panel& p, int64_t g, const void* sums, vf total) {
+  vf scale, codes;
+  if (!p.w.group && p.rows == kRows) {
+    scale = load_eight(p.w.scale, DType::f32, p.row0);
+    codes = load_eight(p.w.row_sum, DType::f32, p.row0);
+  } else {
+    const int64_t groups = bitmask::groups(p.w.k, p.w.group);
+    float scales[16] = {};
+    int32_t sum[16] = {};
+    for (int r = 0; r < p.rows; ++r) scales[r] = p.w.scale[(p.row0 + r) * groups + g], sum[r] = p.w.row_sum[(p.row0 + r) * groups + g];
+    scale = load_f32(scales);
+    codes = load_f32(sum);
+  }
+  const vi exact = sub_i(as_int(load_eight(sums, DType::f32, 0)), shift_left<7>(as_int(codes)));
+  return add_f(total, mul_f(scale, to_float(exact)));
 }
 
 // Sums over `blocks` blocks of 64 columns from a memory stream; `at` moves on. Few: 32 values of a row's 64 are more than usual.
@@ -108,15 +137,15 @@ void stream_int8(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y
     const Panel p(a.w, i);
     const int64_t step = a.w.group ? a.w.group / kBlock : p.blocks;
     const uint8_t* at = p.at;
-    float total[kRows] = {};
+    vf total = zero_f();
     for (int64_t b0 = 0; b0 < p.blocks; b0 += step) {
       const int64_t count = b0 + step < p.blocks ? step : p.blocks - b0;
       int32_t sums[kRows];
       if (p.few) sum_blocks<true>(x + b0 * kBlock, p.masks + b0 * kRows, count, at, sums);
       else sum_blocks<false>(x + b0 * kBlock, p.masks + b0 * kRows, count, at, sums);
-      add_group(p, b0 / step, sums, total);
+      total = add_group(p, b0 / step, sums, total);
     }
-    finish_int8(a, p, t.sx[0], total, y, 0);
+    put_rows(a, p, mul_f(total, set_f(t.sx[0])), y, 0);
   }
 }
 
@@ -152,11 +181,15 @@ template <int R, int T> EFFK_INLINE void block_int8(const uint8_t* piece, int64_
 EFFK_INLINE float scale_at(const Panel& p, int r, int64_t b) {
   return r < p.rows ? p.w.scale[(p.row0 + r) * bitmask::groups(p.w.k, p.w.group) + b * kBlock / p.w.group] : 0.0f;
 }
-EFFK_INLINE void finish_float(const Args& a, const Panel& p, int r, vf sum, char* y, int64_t token) {
-  if (r >= p.rows) return;
-  float v = reduce_add_f(sum);
-  if (a.w.scale && !a.w.group) v = v * a.w.scale[p.row0 + r];
-  put(y, a.dtype, token * a.w.n + p.row0 + r, v + bias_of(a, p.row0 + r));
+// row(r): the vector of sums of row r.
+template <class F> EFFK_INLINE void finish_floats(const Args& a, const Panel& p, const F& row, char* y, int64_t token) {
+  vf v = reduce_rows([&](int r) { return r < kRows ? row(r) : zero_f(); });
+  if (a.w.scale && !a.w.group) {
+    float scales[16] = {};
+    std::memcpy(scales, a.w.scale + p.row0, size_t(p.rows) * 4);
+    v = mul_f(v, load_f32(scales));
+  }
+  put_rows(a, p, v, y, token);
 }
 
 template <Values V, bool Few, bool Scaled> EFFK_INLINE void sum_floats(const Panel& p, const float* x, vf (&sums)[kRows]) {
@@ -191,8 +224,7 @@ template <Values V, bool Scaled> void stream_float(const Args& a, const Tokens& 
     const Panel p(a.w, i);
     vf sums[kRows];
     p.few ? sum_floats<V, true, Scaled>(p, x, sums) : sum_floats<V, false, Scaled>(p, x, sums);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) finish_float(a, p, r, sums[r], y, 0);
+    finish_floats(a, p, [&](int r) { return sums[r]; }, y, 0);
   }
 }
 
@@ -260,13 +292,12 @@ void tile_int8(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y, 
         });
       if (b1 < end) continue;
       for (int64_t n = 0; n < t.count; ++n) {
-        int32_t exact[kRows];
-        std::memcpy(exact, sums + n * kRows, sizeof exact);
-        add_group(p, b0 / step, exact, total + n * kRows);
+        float* sum = total + n * kRows;
+        store_eight(sum, DType::f32, 0, add_group(p, b0 / step, sums + n * kRows, load_eight(sum, DType::f32, 0)));
       }
       std::memset(sums, 0, size_t(t.count * kRows) * 4);
     }
-    for (int64_t n = 0; n < t.count; ++n) finish_int8(a, p, t.sx[n], total + n * kRows, y, n);
+    for (int64_t n = 0; n < t.count; ++n) put_rows(a, p, mul_f(load_eight(total, DType::f32, n * kRows), set_f(t.sx[n])), y, n);
   }
 }
 
@@ -297,7 +328,7 @@ template <Values V> void tile_float(const Args& a, const Tokens& t, int64_t p0, 
         });
     }
     for (int64_t n = 0; n < t.count; ++n)
-      for (int r = 0; r < kRows; ++r) finish_float(a, p, r, load_f32(sums + n * kStride + r * 16), y, n);
+      finish_floats(a, p, [&](int r) { return load_f32(sums + n * kStride + r * 16); }, y, n);
   }
 }
 
