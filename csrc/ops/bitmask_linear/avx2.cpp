@@ -22,6 +22,7 @@ constexpr Shuffles make_shuffles() {
 }
 constexpr Shuffles kShuffles = make_shuffles();
 
+EFFK_INLINE vi load_half(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p)), _mm256_setzero_si256()}; }
 EFFK_INLINE __m128i load8(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
 template <Values V> EFFK_INLINE __m256 expand8(const uint8_t* at, uint32_t bits) {
   const __m128i shuffle = load8(kShuffles.of[bits]);

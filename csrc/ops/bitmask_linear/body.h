@@ -5,6 +5,7 @@
 //   vi dot64<Few>(acc, x, at, mask)         acc + the product of these with 64 bytes of x. Few: most words have half of their bits
 //                                           set at most
 //   void floats64<V, Few>(at, mask, w)      the same in fp32, w[4], columns in the order of order_columns
+//   vi load_half(p)            32 bytes, zeros behind them
 //   void order_columns<V>(x, n)             brings 64 i fp32 columns of x into that order; nothing for most
 //   kFewValues                 from how many bits of 64 on Few does not pay
 //   void fold(acc, out)        out[r] = sum of the lanes of acc[r], r < 8
@@ -72,10 +73,11 @@ EFFK_INLINE float bias_of(const Args& a, int64_t row) { return a.bias ? float_at
 
 // The eight rows of a whole panel at once: with few columns what ends a panel costs as much as its products.
 EFFK_INLINE vf load_eight(const void* p, DType t, int64_t i) {
+  const auto* at = static_cast<const uint8_t*>(p) + i * int64_t(bytes_of(t));
   switch (t) {
-    case DType::bf16: return load_part<DType::bf16>(p, i, int(kRows));
-    case DType::f16: return load_part<DType::f16>(p, i, int(kRows));
-    default: return load_part<DType::f32>(p, i, int(kRows));
+    case DType::bf16: return load_part<DType::bf16>(at, 0, int(kRows));
+    case DType::f16: return load_part<DType::f16>(at, 0, int(kRows));
+    default: return as_float(load_half(at));
   }
 }
 EFFK_INLINE void store_eight(void* p, DType t, int64_t i, vf v) {
@@ -138,12 +140,12 @@ void stream_int8(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y
     const int64_t step = a.w.group ? a.w.group / kBlock : p.blocks;
     const uint8_t* at = p.at;
     vf total = zero_f();
-    for (int64_t b0 = 0; b0 < p.blocks; b0 += step) {
+    for (int64_t b0 = 0, g = 0; b0 < p.blocks; b0 += step, ++g) {
       const int64_t count = b0 + step < p.blocks ? step : p.blocks - b0;
       int32_t sums[kRows];
       if (p.few) sum_blocks<true>(x + b0 * kBlock, p.masks + b0 * kRows, count, at, sums);
       else sum_blocks<false>(x + b0 * kBlock, p.masks + b0 * kRows, count, at, sums);
-      total = add_group(p, b0 / step, sums, total);
+      total = add_group(p, g, sums, total);
     }
     put_rows(a, p, mul_f(total, set_f(t.sx[0])), y, 0);
   }

@@ -18,6 +18,11 @@ EFFK_INLINE vf expand_lanes(vf v, __mmask16 mask) {
   __asm__("vexpandps %0, %0%{%1%}%{z%}" : "+v"(v) : "Yk"(mask));
   return v;
 }
+EFFK_INLINE vi load_half(const void* p) {
+  vi v;
+  __asm__("vmovdqu64 %1, %t0" : "=v"(v) : "m"(*static_cast<const __m256i_u*>(p)));
+  return v;
+}
 #ifdef __AVX512VBMI2__
 constexpr int kFewValues = 21;  // of 64: beyond, branches are mispredicted too often
 
@@ -40,11 +45,6 @@ EFFK_INLINE vi bytes64(const uint8_t*& at, const uint64_t* mask) {
 }
 // Nearly every load of 64 bytes lies in two lines and takes the time of two; one of 32 bytes does every other time. Where words have few
 // bits it is all they need, nearly always.
-EFFK_INLINE vi load_half(const uint8_t* at) {
-  vi v;
-  __asm__("vmovdqu64 %1, %t0" : "=v"(v) : "m"(*reinterpret_cast<const __m256i_u*>(at)));
-  return v;
-}
 template <bool Few> EFFK_INLINE vi dot64(vi acc, vi x, const uint8_t*& at, const uint64_t* mask) {
   if constexpr (!Few) return dot_u8s8<true>(acc, x, bytes64(at, mask));
   __mmask64 k;
@@ -126,8 +126,8 @@ template <int R> EFFK_INLINE void fold(const vi (&v)[R], int32_t* out) {
   const vi a = fours(pairs(v[0], v[1]), pairs(v[2], v[3])), b = fours(pairs(v[4], v[5]), pairs(v[6], v[7]));
   const vi halves = add_i(_mm512_shuffle_i32x4(a, b, 0x44), _mm512_shuffle_i32x4(a, b, 0xEE));  // a: quarters 0, 1; b: 2, 3
   const vi sums = add_i(halves, _mm512_shuffle_i32x4(halves, halves, 0xB1));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(sums));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 4), _mm512_extracti32x4_epi32(sums, 2));
+  const __m256i all = _mm256_set_m128i(_mm512_extracti32x4_epi32(sums, 2), _mm512_castsi512_si128(sums));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), all);
 }
 
 }  // namespace

@@ -23,6 +23,11 @@ template <Values V> EFFK_INLINE vf expand16(const uint8_t* at, uint32_t bits) {
   }
   return out;
 }
+EFFK_INLINE vi load_half(const void* p) {
+  vi v = zero_i();
+  std::memcpy(v.v, p, 32);
+  return v;
+}
 EFFK_INLINE vi bytes64(const uint8_t*& at, const uint64_t* mask) {
   uint8_t out[64] = {};
   for (int i = 0; i < 64; ++i)
