@@ -157,6 +157,33 @@ def test_same_bits_whatever_the_threads_and_the_batch(tier: str, rows: str) -> N
 
 
 @pytest.mark.parametrize("rows", rf.ROWS)
+def test_a_token_in_a_prompt_has_the_bits_of_the_token_alone(tier: str, rows: str) -> None:
+    """Prompts go through other loops, in groups of up to 32; every size of group of columns, rows longer than a slab."""
+    for d, f, tokens in ((1100, 70, 5), (96, 35, 33), (150, 300, 70)):
+        for group in (0, 32, 64, 128) if rows in ("int8", "int4") else (0,):
+            layer = Layer(d, f, rows, group)
+            x = torch.randn(tokens, d)
+            y, nnz = layer.run(x, "relu", None)
+            assert torch.equal(layer.run(x, "relu", None, mode="dense")[0], y)
+            for i in (0, 3, tokens - 1):
+                alone = layer.run(x[i : i + 1], "relu", None)
+                assert torch.equal(alone[0][0], y[i]) and alone[1] == nnz[i], (d, group, i)
+            threads(3)
+            assert torch.equal(layer.run(x, "relu", None)[0], y)
+            threads(1)
+
+
+@pytest.mark.parametrize("gate", rf.GATES)
+def test_prompts(tier: str, gate: str) -> None:
+    for rows, tokens in (("bf16", 40), ("int4", 33)):
+        layer = Layer(140, 90, rows, 32 if rows == "int4" else 0)
+        check(layer, torch.randn(tokens, 140), gate, value_of(gate, 90))
+        mask = torch.randint(0, 256, (tokens, 12), dtype=torch.uint8)
+        mask[:, -1] &= (1 << 90 % 8) - 1
+        check(layer, torch.randn(tokens, 140), gate, value_of(gate, 90), mask, 1)
+
+
+@pytest.mark.parametrize("rows", rf.ROWS)
 def test_packing(rows: str) -> None:
     w = torch.randn(9, 150)
     for group in (0, 32, 64, 128) if rows in ("int8", "int4") else (0,):

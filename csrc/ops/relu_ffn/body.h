@@ -1,9 +1,9 @@
-// The loops of relu_ffn over the vector vocabulary of csrc/simd, for one token at a time or up to four together. Bound: reading the
-// weights, a multiply-add of fp32 a weight and token; rows of other types are widened in registers. Reached on Zen 5, one core, with
-// 4096 columns from memory at 38 to 40 GB/s: rows in order 36 to 38 GB/s in bf16, rows picked here and there 28 to 32 in fp32 and 22 to
-// 26 in bf16 and int8, one in two or one in ten. From cache: 70 GB/s in bf16, 56 in int8, 30 in int4. Gap: a core keeps some 50 lines
-// in flight by itself, and the hardware's fetching, which has more, needs runs longer than a row; int4 is bound by arithmetic.
-// Picked rows one at a time were 20 % slower, and what the hardware fetches beyond them lost more in int8.
+// The loops of relu_ffn over the vector vocabulary of csrc/simd, for one token at a time or up to four together; many.h has those for
+// more. Bound: reading the weights, a multiply-add of fp32 a weight and token; rows of other types are widened in registers. Reached on
+// Zen 5, one core, with 4096 columns from large pages of memory that is read at 40 to 42 GB/s: rows in order 37 to 38 GB/s in bf16, 38 to
+// 39 in int8 and 18 in int4, rows picked here and there 36 in fp32, 29 in bf16 and 31 in int8. Small pages cost 15 %. From cache: 70 GB/s in
+// bf16, 56 in int8, 30 in int4. Gap: a core keeps some 50 lines in flight by itself, and the hardware's fetching, which has more, needs
+// runs longer than a row; int4 is bound by arithmetic. Picked rows one at a time were 10 to 30 % slower, two 15 to 25 %, eight alike.
 #pragma once
 #include <type_traits>
 
@@ -22,7 +22,10 @@ constexpr bool kWide = kLanes == 16;       // registers for the sums of four row
 constexpr int kPicked = 4;                 // rows together where they lie here and there: as many streams from memory
 constexpr int64_t kAheadLines = 32;        // of such rows, in lines: 16 and 64 lose 10 to 20 %, except in fp32
 constexpr int64_t kKick = 2;               // fp32: these lines of each next row start the hardware's own fetching, 10 % faster than all
-constexpr int64_t kAheadBytes = 16 << 10;  // rows in order, one at a time: how far ahead; 4, 24 and 40 KiB are alike in bf16, less loses 20 % in int8
+// Rows in order, one at a time: how far ahead, in whole rows and at least one. Tuned on 4096 columns, whose x takes a third of the
+// first-level cache: 8 KiB are best in bf16 (16 and more lose 8 %), 12 to 20 in int8 (4 lose 4 %).
+constexpr int64_t kAheadBytes = 12 << 10;
+constexpr int kFewTokens = 4;            // up to so many; beyond, the loops of many.h
 constexpr int kByGroups = 256;             // factors of groups that add_rows makes at a time, a row and token: 1 KiB
 
 template <Rows R> EFFK_INLINE vf chunk(const uint8_t* row, int64_t j) {  // vector j of a row
@@ -44,8 +47,18 @@ template <int S, int End, class F> EFFK_INLINE void unrolled(const F& f) {
 EFFK_INLINE int64_t neuron_of(const List& l, int64_t i) { return l.index ? l.index[i] : l.first + i; }
 EFFK_INLINE const uint8_t* row_at(const List& l, int64_t i) { return l.rows + neuron_of(l, i) * l.row_bytes; }
 
-// N rows from i on, and what is fetched meanwhile: a row at a time, the one `ahead`; several, a distance within them and on into
-// the next N; and the scales of those.
+}  // namespace
+}  // namespace effk::EFFK_TIER
+
+#include "ops/relu_ffn/many.h"
+
+namespace effk::EFFK_TIER {
+namespace {
+
+EFFK_INLINE int64_t rows_ahead(const List& l) { return l.index || kAheadBytes < l.row_bytes ? 1 : kAheadBytes / l.row_bytes; }
+
+// N rows from i on, and what is fetched meanwhile: a row at a time, the one `ahead`, past the second-level cache (3 % faster in order);
+// several, a distance within them and on into the next N; and the scales of those.
 template <Rows R, int N> struct Reading {
   const uint8_t *row[N], *next[N];
   const float* scale[N];
@@ -67,7 +80,11 @@ template <Rows R, int N> struct Reading {
         for (int r = 0; r < N; ++r) prefetch(next[r] + u * 64);
     } else {
       const int64_t v = u + distance;
-      for (int r = 0; r < N; ++r) prefetch(v < units ? row[r] + v * 64 : next[r] + (v - units) * 64);
+      for (int r = 0; r < N; ++r) {
+        const uint8_t* line = v < units ? row[r] + v * 64 : next[r] + (v - units) * 64;
+        if constexpr (N == 1) prefetch_once(line);
+        else prefetch(line);
+      }
     }
   }
 };
@@ -140,11 +157,12 @@ EFFK_INLINE void dot_rows(const List& l, int64_t i, int64_t ahead, const float* 
 template <Rows R, int GC, int B> void dot_tokens(const List& l, const float* x, int64_t x_row, float* out, int64_t out_row) {
   constexpr int N = !kWide || B == 4 ? 1 : B == 2 ? 2 : kPicked;
   int64_t i = 0;
-  if (N > 1 && (l.index || neuron::quantised(R)))
+  if (N > 1 && l.index)
     for (; i + N <= l.count; i += N) dot_rows<R, GC, B, N>(l, i, N, x, x_row, out, out_row);
-  for (; i < l.count; ++i) dot_rows<R, GC, B, 1>(l, i, 1, x, x_row, out, out_row);
+  for (; i < l.count; ++i) dot_rows<R, GC, B, 1>(l, i, rows_ahead(l), x, x_row, out, out_row);
 }
 template <Rows R, int GC> void dot_grouped(const List& l, const float* x, int64_t x_row, int tokens, float* out, int64_t out_row) {
+  if (tokens > kFewTokens) return dot_many<R, GC>(l, x, x_row, tokens, out, out_row);
   for (; tokens >= 4; tokens -= 4, x += 4 * x_row, out += 4 * out_row) dot_tokens<R, GC, 4>(l, x, x_row, out, out_row);
   for (; tokens >= 2; tokens -= 2, x += 2 * x_row, out += 2 * out_row) dot_tokens<R, GC, 2>(l, x, x_row, out, out_row);
   if (tokens) dot_tokens<R, GC, 1>(l, x, x_row, out, out_row);
@@ -228,13 +246,13 @@ template <Rows R, int GC, int B>
 void add_tokens(const List& l, const float* h, int64_t h_row, int64_t u0, int64_t u1, float* y, int64_t y_row) {
   constexpr int N = !kWide && B == 4 ? 1 : kPicked;
   int64_t i = 0;
-  if (N > 1 && (l.index || neuron::quantised(R) || B > 1))
+  if (N > 1 && (l.index || R == Rows::i4 || B > 1))
     for (; i + N <= l.count; i += N) add_block<R, GC, N, B>(l, i, N, h, h_row, u0, u1, y, y_row);
-  const int64_t ahead = l.index ? 1 : kAheadBytes / l.row_bytes + 1;
-  for (; i < l.count; ++i) add_block<R, GC, 1, B>(l, i, ahead, h, h_row, u0, u1, y, y_row);
+  for (; i < l.count; ++i) add_block<R, GC, 1, B>(l, i, rows_ahead(l), h, h_row, u0, u1, y, y_row);
 }
 template <Rows R, int GC>
 void add_grouped(const List& l, const float* h, int64_t h_row, int tokens, int64_t u0, int64_t u1, float* y, int64_t y_row) {
+  if (tokens > kFewTokens) return add_many<R, GC>(l, h, h_row, tokens, u0, u1, y, y_row);
   for (; tokens >= 4; tokens -= 4, h += 4 * h_row, y += 4 * y_row) add_tokens<R, GC, 4>(l, h, h_row, u0, u1, y, y_row);
   for (; tokens >= 2; tokens -= 2, h += 2 * h_row, y += 2 * y_row) add_tokens<R, GC, 2>(l, h, h_row, u0, u1, y, y_row);
   if (tokens) add_tokens<R, GC, 1>(l, h, h_row, u0, u1, y, y_row);
@@ -288,8 +306,8 @@ int64_t compact(Gate kind, const float* g, int64_t g_row, int64_t count, const f
     const int here = int(count - j < 16 ? count - j : 16);
     const uint32_t inside = (1u << here) - 1;
     const vf p = !param ? zero_f() : param_each ? load_f32_part(param + j, here) : set_f(param[0]);
-    alignas(64) float values[relu_ffn::kMaxTokens][16];
-    uint32_t active[relu_ffn::kMaxTokens], any = 0;
+    alignas(64) float values[relu_ffn::kMostTokens][16];
+    uint32_t active[relu_ffn::kMostTokens], any = 0;
     for (int b = 0; b < tokens; ++b) {
       vf v;
       active[b] = gate(kind, load_f32_part(g + b * g_row + j, here), p, cut ? cut[b] : 0.0f, v) & inside;

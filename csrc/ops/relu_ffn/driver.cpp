@@ -1,4 +1,5 @@
-// Gate, list of active neurons, up, down: three rounds of threads per group of at most eight tokens. Compiled with baseline flags.
+// Gate, list of active neurons, up, down: three rounds of threads per group of at most eight tokens, or of up to 32 where there are more.
+// Compiled with baseline flags.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -48,28 +49,35 @@ int64_t whole(int64_t n) { return (n + 15) / 16 * 16; }
 // Everything between the rounds, for a group of tokens. `rows`: neurons, or inputs of input_sparse.
 struct Lists {
   float *x, *y, *a, *u, *g;   // [tokens][x_row], [tokens][y_row], the others [tokens][a_row]
-  int32_t *position, *counts, *active;  // of blocks: counts [blocks], active [blocks][8]
+  int32_t *position, *counts, *active;  // of blocks: counts [blocks], active [blocks][tokens]
   uint16_t* allowed;          // [tokens][a_row / 16]
-  int64_t x_row, y_row, a_row, blocks;
+  int64_t x_row, y_row, a_row, blocks, tokens;
 
-  Lists(Room& room, int64_t in, int64_t out, int64_t rows) {
+  Lists(Room& room, int64_t in, int64_t out, int64_t rows, int64_t most) : tokens(most) {
     x_row = padded(in), y_row = padded(out), a_row = whole(rows), blocks = (rows + kBlock - 1) / kBlock;
-    x = room.take<float>(kMaxTokens * x_row);
-    y = room.take<float>(kMaxTokens * y_row);
-    a = room.take<float>(kMaxTokens * a_row);
-    u = room.take<float>(kMaxTokens * a_row);
-    g = room.take<float>(kMaxTokens * a_row);
+    x = room.take<float>(tokens * x_row);
+    y = room.take<float>(tokens * y_row);
+    a = room.take<float>(tokens * a_row);
+    u = room.take<float>(tokens * a_row);
+    g = room.take<float>(tokens * a_row);
     position = room.take<int32_t>(a_row);
     counts = room.take<int32_t>(blocks);
-    active = room.take<int32_t>(blocks * kMaxTokens);
-    allowed = room.take<uint16_t>(kMaxTokens * a_row / 16);
+    active = room.take<int32_t>(blocks * tokens);
+    allowed = room.take<uint16_t>(tokens * a_row / 16);
   }
-  static size_t bytes(int64_t in, int64_t out, int64_t rows) {
+  static size_t bytes(int64_t in, int64_t out, int64_t rows, int64_t most) {
     Room room{nullptr};
-    Lists(room, in, out, rows);
+    Lists(room, in, out, rows, most);
     return size_t(reinterpret_cast<intptr_t>(room.at)) + 64;
   }
 };
+
+// How many tokens share a list: a decoding step as it comes; a prompt in groups of about the same size, each as large as the caches allow.
+int64_t group_size(int64_t tokens) {
+  if (tokens <= kMaxTokens) return tokens;
+  const int64_t groups = (tokens + kMostTokens - 1) / kMostTokens;
+  return (tokens + groups - 1) / groups;
+}
 
 List list_of(const NeuronRows& w, neuron::Rows type, int64_t group, int64_t columns) {
   return {w.rows, neuron::row_bytes(type, columns), neuron::units(type, columns), w.scales, neuron::groups(columns, group),
@@ -102,7 +110,7 @@ int64_t merge(const Lists& l, int tokens, int32_t* nnz) {
       for (int b = 0; b < tokens; ++b) std::memmove(l.a + b * l.a_row + n, l.a + b * l.a_row + from, size_t(count) * 4);
     }
     n += count;
-    for (int b = 0; b < tokens; ++b) nnz[b] += l.active[i * kMaxTokens + b];
+    for (int b = 0; b < tokens; ++b) nnz[b] += l.active[i * l.tokens + b];
   }
   return n;
 }
@@ -175,8 +183,8 @@ void look_at_all(const Args& a, int64_t first, int tokens, const Lists& l, float
 // The active neurons of one block, behind l.position + n0 and l.a + n0.
 void block(const Kernel& k, const Args& a, const List& rows, int64_t i, int64_t first, int tokens, const Lists& l, const float* cut) {
   const int64_t n0 = i * kBlock, count = std::min(kBlock, a.f - n0);
-  int32_t* active = l.active + i * kMaxTokens;
-  std::fill_n(active, kMaxTokens, 0);
+  int32_t* active = l.active + i * l.tokens;
+  std::fill_n(active, l.tokens, 0);
   const bool seen = a.kind == Gate::gelu_gauss || a.kind == Gate::top_k;  // all gates are known
   float* g = l.g + n0;
   if (!a.mask || a.kind == Gate::top_k) {
@@ -188,8 +196,8 @@ void block(const Kernel& k, const Args& a, const List& rows, int64_t i, int64_t 
   }
   // Inside a mask only those rows are read that it allows for any token.
   int32_t index[kBlock];
-  float param[kBlock], part[kMaxTokens * kBlock];
-  uint16_t allowed[kMaxTokens * kBlock / 16] = {};
+  float param[kBlock], part[kMostTokens * kBlock];
+  uint16_t allowed[kMostTokens * kBlock / 16] = {};
   int64_t n = 0;
   for (int64_t j = n0; j < n0 + count; ++j) {
     bool any = false;
@@ -213,7 +221,7 @@ void group_of_tokens(const Kernel& k, const Args& a, int64_t first, int tokens, 
   read(k, a.x, a.dtype, first, tokens, a.d, l);
   const List gate = list_of(a.gate, a.type, a.group, a.d);
   const int64_t row_grain = std::max<int64_t>(1, kRowGrain / gate.row_bytes);
-  float cut[kMaxTokens] = {};
+  float cut[kMostTokens] = {};
   if (a.kind == Gate::gelu_gauss || a.kind == Gate::top_k) {
     parallel_for(pf, a.f, row_grain, [&](int64_t n0, int64_t n1) { gates(k, a, gate, nullptr, n0, n1 - n0, tokens, l, l.g + n0, l.a_row); });
     look_at_all(a, first, tokens, l, cut);
@@ -258,25 +266,27 @@ void group_of_tokens(const Kernel& k, const Args& a, int64_t first, int tokens, 
 
 }  // namespace
 
-size_t workspace(const Args& a, int) { return a.tokens ? Lists::bytes(a.d, a.d, a.f) : 0; }
+size_t workspace(const Args& a, int) { return a.tokens ? Lists::bytes(a.d, a.d, a.f, group_size(a.tokens)) : 0; }
 
 void run(const Args& a, void* memory, const ParallelFor& pf) {
   if (a.tokens == 0) return;
   Room room{static_cast<char*>(memory)};
-  const Lists l(room, a.d, a.d, a.f);
-  for (int64_t t = 0; t < a.tokens; t += kMaxTokens) group_of_tokens(kernel(), a, t, int(std::min<int64_t>(kMaxTokens, a.tokens - t)), l, pf);
+  const int64_t most = group_size(a.tokens);
+  const Lists l(room, a.d, a.d, a.f, most);
+  for (int64_t t = 0; t < a.tokens; t += most) group_of_tokens(kernel(), a, t, int(std::min(most, a.tokens - t)), l, pf);
 }
 
-size_t input_sparse_workspace(const InputSparseArgs& a, int) { return a.tokens ? Lists::bytes(a.d_in, a.d_out, a.d_in) : 0; }
+size_t input_sparse_workspace(const InputSparseArgs& a, int) { return a.tokens ? Lists::bytes(a.d_in, a.d_out, a.d_in, group_size(a.tokens)) : 0; }
 
 void input_sparse(const InputSparseArgs& a, void* memory, const ParallelFor& pf) {
   if (a.tokens == 0) return;
   const Kernel& k = kernel();
   Room room{static_cast<char*>(memory)};
-  const Lists l(room, a.d_in, a.d_out, a.d_in);
+  const int64_t most = group_size(a.tokens);
+  const Lists l(room, a.d_in, a.d_out, a.d_in, most);
   const float zero = 0.0f, *threshold = a.threshold ? a.threshold : &zero;
-  for (int64_t t = 0; t < a.tokens; t += kMaxTokens) {
-    const int tokens = int(std::min<int64_t>(kMaxTokens, a.tokens - t));
+  for (int64_t t = 0; t < a.tokens; t += most) {
+    const int tokens = int(std::min(most, a.tokens - t));
     read(k, a.x, a.dtype, t, tokens, a.d_in, l);
     std::fill_n(a.nnz + t, tokens, 0);
     List list = list_of(a.w, a.type, a.group, a.d_out);

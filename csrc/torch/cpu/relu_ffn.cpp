@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor> relu_ffn_pack(const Tensor& w, bool transpose, const 
   }
   Tensor packed = weights({f, neuron::row_bytes(kind, d)}, dtypes().u8);
   const bool scaled = neuron::quantised(kind);
-  Tensor scales = scaled ? empty({f, neuron::groups(d, group)}, dtypes().f32) : empty({0}, dtypes().f32);
+  Tensor scales = scaled ? weights({f, neuron::groups(d, group)}, dtypes().f32) : empty({0}, dtypes().f32);
   relu_ffn::pack(view.data(), dtype, transpose, f, d, kind, scaled ? group : 0, static_cast<uint8_t*>(packed.mutable_data_ptr()),
                  static_cast<float*>(scales.mutable_data_ptr()), torch_pool());
   return {packed, scales};
