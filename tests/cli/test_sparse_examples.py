@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import effk as package
 from cli.tiny import byte_tokenizer
-from effk.demo import gemma3n_ffn, relu_training, relufication
+from effk.demo import gemma3n_ffn, relu_training, relufication, sparse_runtime
 from effk.demo.dyad_training import Settings
 from effk.nn.relu_ffn import sparse_ffns
 from small_models import small_model
@@ -64,6 +64,25 @@ def test_windows_are_cut_elsewhere_every_time() -> None:
     assert windows.shape == (9000, 32) and len({tuple(w.tolist()) for w in windows}) > 8500, (
         "of 8423 that fit side by side"
     )
+
+
+def test_decoding_in_several_forms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every form decodes and is compressed once; skipping in bf16 has the dense model's perplexity, few bits another."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=257, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True, hidden_act="relu",
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    quality = sparse_runtime.prepare(tmp_path / "model", tmp_path, windows=2, length=48)
+    dense, skipping, *few = quality.values()
+    assert skipping == pytest.approx(dense, rel=1e-2) and all(v != dense for v in few), "bf16 rounds elsewhere"
+    monkeypatch.setattr(sparse_runtime, "compress", None)
+    assert sparse_runtime.prepare(tmp_path / "model", tmp_path) == quality
+    speeds = sparse_runtime.measure(tmp_path, torch.arange(1, 9), 1)
+    assert list(speeds) == list(sparse_runtime.FORMS) and min(speeds.values()) > 0
+    assert "| 1.00 × |" in sparse_runtime.table(speeds, quality)[2]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2.0**-6)])
