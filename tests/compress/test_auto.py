@@ -18,9 +18,11 @@ import effk
 from cli.tiny import byte_tokenizer
 from effk.compress import auto as package_auto
 from effk.compress.apply import model_bytes
-from effk.compress.auto import ALGORITHMS, Trial, auto, candidates, estimate, key_of, search
+from effk.compress.auto import ALGORITHMS, Trial, algorithms_for, auto, candidates, estimate, key_of, search
 from effk.compress.passes.rtn import Rtn
-from effk.nn import WqLinear
+from effk.compress.passes.sparse import Sparse
+from effk.nn import WqGroupedLinear, WqLinear
+from mixtures import small_mixture
 from small_models import small_model, token_batches
 
 RECIPES = [Rtn(bits=bits, group_size=group) for bits in (4, 8, 2, 3) for group in (64, 32)]
@@ -103,15 +105,37 @@ def test_higher_may_be_better() -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_estimates_are_near(algorithm: str) -> None:
-    model = small_model("llama")
+    make = (lambda: small_mixture("mixtral")) if algorithm == "moqe" else (lambda: small_model("llama"))
+    model = make()
     for bits in (2, 3, 4, 8):
         (recipe,) = candidates([algorithm], [bits], [32])
-        report = effk.compress(small_model("llama"), recipe, token_batches(2))
+        report = effk.compress(make(), recipe, token_batches(2))
         guess, size = estimate(model, recipe), report.model_bytes_after
         if algorithm == "finequant":  # it may choose larger groups than those allowed
             assert 0.8 * guess <= size <= guess, bits
         else:
             assert guess == pytest.approx(size, rel=0.1), bits
+
+
+def test_pruned_candidates() -> None:
+    """They are not among the default ones, which are smaller and better, but a caller may bring some."""
+    model = small_model("llama")
+    pruned = [Sparse(sparsity=s, method="magnitude") for s in (0.5, 0.75)] + [Sparse(pattern="2:4", method="magnitude")]
+    for recipe in pruned:
+        size = effk.compress(small_model("llama"), recipe).model_bytes_after
+        assert estimate(model, recipe) == pytest.approx(size, rel=0.1)
+    found = auto(model, 1e9, score=error_of(model), recipes=pruned)
+    assert found.recipe == pruned[1] and found.table()[2][0] == "sparse, 75% zeros, int8, float"
+
+
+def test_mixtures_of_experts() -> None:
+    """Experts are only touched by moqe, which other models do not get."""
+    assert "moqe" in algorithms_for(small_mixture("qwen2_moe")) and "moqe" not in algorithms_for(small_model("llama"))
+    model = small_mixture("mixtral")
+    recipes = candidates(algorithms_for(model), [8], [32])
+    found = auto(model, 0.5, score=error_of(model), recipes=recipes, calib=token_batches(2))
+    assert found.recipe.name == "moqe" and len(found.trials) == 1, "the smallest: most of the model is experts"
+    assert any(isinstance(module, WqGroupedLinear) for module in model.modules())
 
 
 def test_perplexity_and_calibration_by_default(tmp_path: Path) -> None:

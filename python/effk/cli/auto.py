@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from .. import hub
-from ..compress.auto import ALGORITHMS, BITS, GROUPS, Trial, candidates, label
+from ..compress.auto import ALGORITHMS, BITS, GROUPS, Trial, algorithms_for, candidates, label
 from ..compress.auto import auto as search_and_compress
 from ..data import calibration_text, evaluation_text
 from .compress import PLAN, REPORT, check_source, check_target, write
@@ -24,7 +24,12 @@ def auto(
     out: Annotated[Path | None, typer.Option(help="Folder to write; the log of the search is OUT.auto.json.")] = None,
     target_loss: Annotated[float, typer.Option(help="Largest rise of the perplexity; 0.01 is 1 %.")] = 0.01,
     budget: Annotated[float | None, typer.Option(help="Largest size in MB (1e6 bytes) of the whole model.")] = None,
-    algorithms: Annotated[str, typer.Option(help="Of the candidates.")] = ",".join(ALGORITHMS),
+    algorithms: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of the candidates: {','.join(ALGORITHMS)}; default: all, moqe for mixtures of experts only."
+        ),
+    ] = None,
     bits: Annotated[str, typer.Option(help="Of the candidates; llm-mq takes fractions.")] = ",".join(map(str, BITS)),
     groups: Annotated[str, typer.Option(help="Of the candidates; 0: the row.")] = ",".join(map(str, GROUPS)),
     compute: Annotated[str | None, typer.Option(help="float (exact) or int8 (faster, about 1 % error).")] = None,
@@ -48,7 +53,8 @@ def auto(
     fields = {name: value for name, value in fields.items() if value is not None}
     widths = [int(b) if b.is_integer() else b for b in _numbers("--bits", bits)]
     sizes = [int(g) for g in _numbers("--groups", groups)]
-    recipes = candidates([name.strip() for name in algorithms.split(",")], widths, sizes, **fields)
+    given = None if algorithms is None else [name.strip() for name in algorithms.split(",")]
+    recipes = candidates(given or tuple(ALGORITHMS), widths, sizes, **fields)
     wanted = parse_dtype(dtype)
     check_source(model)
     check_target(out, optional=False)
@@ -56,6 +62,8 @@ def auto(
     texts = [read_text("--calib", path) for path in calib or ()]
 
     opened = open_model(model, torch.float32)
+    if given is None:
+        recipes = candidates(algorithms_for(opened.model), widths, sizes, **fields)
     tokenizer = opened.need_tokenizer("perplexity")
     check_positions("--context", opened, context)
     check_positions("--calib-length", opened, calib_length)

@@ -31,13 +31,17 @@ from ..hub.atomic import publish, write_temporary
 from .apply import model_bytes
 from .calibrate import check_calib
 from .evaluate import perplexity, token_windows
+from .experts import find_experts
 from .passes.finequant import FineQuant
 from .passes.llm_mq import LlmMq
+from .passes.moqe import MoQE
 from .passes.rtn import Rtn
+from .passes.sparse import Sparse
 from .plan import outlier_count
 from .recipe import Recipe
 from .registry import Handler, Progress, handler_for, recipe_from_json
 from .report import Report
+from .solvers.prune import parse_pattern
 
 LOG_VERSION = 1
 BITS, GROUPS = (2, 3, 4, 8), (128, 64, 32)
@@ -47,6 +51,7 @@ ALGORITHMS: Mapping[str, Callable[..., Recipe]] = {
     "finequant": lambda bits, group, **rest: FineQuant(bits=bits, min_group=group or 256, **rest),
     "gptq": lambda bits, group, **rest: Rtn(bits=bits, group_size=group, second_order=True, mode="clip", **rest),
     "llm-mq": lambda bits, group, **rest: LlmMq(bits=bits, group_size=group, choices=_around(bits), **rest),
+    "moqe": lambda bits, group, **rest: MoQE(bits=bits, group_size=group, **rest),
 }
 
 
@@ -54,8 +59,13 @@ def _around(bits: float) -> tuple[int, ...]:
     return (8,) if bits == 8 else (2, 3, 4)
 
 
+def algorithms_for(model: nn.Module) -> tuple[str, ...]:
+    """The algorithms that find something to do in ``model``: "moqe" only in mixtures of experts."""
+    return tuple(name for name in ALGORITHMS if name != "moqe" or find_experts(model)[0])
+
+
 def candidates(
-    algorithms: Sequence[str] = tuple(ALGORITHMS),
+    algorithms: Sequence[str] = tuple(name for name in ALGORITHMS if name != "moqe"),
     bits: Sequence[float] = BITS,
     groups: Sequence[int] = GROUPS,
     **fields: Any,
@@ -140,6 +150,8 @@ def label(recipe: Mapping[str, Any]) -> str:
     name = "gptq" if recipe.get("second_order") and recipe["name"] == "rtn" else recipe["name"]
     group = recipe.get("group_size", recipe.get("min_group"))
     at_least = "at least " if "min_group" in recipe else ""
+    if name == "sparse":
+        return f"{name}, {recipe['pattern'] or format(recipe['sparsity'], '.0%')} zeros, {recipe['values']}, {recipe['compute']}"
     return f"{name}, {recipe['bits']:g} bits, group {at_least}{group or 'row'}, {recipe['compute']}"
 
 
@@ -149,6 +161,12 @@ def estimate(model: nn.Module, recipe: Recipe) -> float:
     if not isinstance(handler, Handler):
         raise ValueError(f"auto: candidates: expected recipes of layers, got {recipe.name!r}")
     layers = [layer for layer in handler.find(model)[0] if recipe.for_layer(layer.name) is not None]
+    if isinstance(recipe, Sparse):
+        wide, kept = {"fp32": 4, "bf16": 2, "int8": 1}[recipe.values], 1 - recipe.sparsity
+        if recipe.pattern is not None:
+            kept = parse_pattern(recipe.pattern)[0] / parse_pattern(recipe.pattern)[1]
+        rows = sum(x.n * (x.k * wide * kept + -(-x.k // 64) * 8 + 4) for x in layers)  # values, mask, scale
+        return model_bytes(model) + rows - sum(layer.nbytes for layer in layers)
     group = max(0, getattr(recipe, "group_size", getattr(recipe, "min_group", 0)))
     low, share = math.floor(recipe.bits), recipe.bits - math.floor(recipe.bits)
     mixture = [(low, 1 - share), (low + 1, share)] if share else [(low, 1.0)]
@@ -251,7 +269,8 @@ def auto(
             windows of ``context`` tokens, and for calibration on the package's text where ``calib`` is None.
         score: takes a model, gives a number; in the place of the perplexity. ``score_name`` tells one from another in the log,
             ``higher_is_better`` is for accuracies.
-        recipes: candidates; default :func:`candidates`.
+        recipes: candidates; default :func:`candidates` of :func:`algorithms_for` the model. Any recipe of layers with
+            bits, and ``Sparse``.
         log: a JSON file, replaced in one step after every trial. A search that was stopped, also by ``kill -9``, goes on from
             there; one with another model, score or calibration is refused.
         on_trial: called after every trial.
@@ -271,7 +290,7 @@ def auto(
         raise ValueError(f"auto: budget: expected a positive number of bytes or None, got {budget!r}")
     if score is None and tokenizer is None:
         raise ValueError("auto: tokenizer: expected one for the perplexity, or a score, got neither")
-    recipes = list(candidates() if recipes is None else recipes)
+    recipes = list(candidates(algorithms_for(model)) if recipes is None else recipes)
     if any(handler_for(recipe).needs_calibration(recipe) for recipe in recipes):
         if calib is None:
             if tokenizer is None:
