@@ -107,5 +107,11 @@ def test_the_recipe_on_the_command_line(tiny: Path, effk: Callable, tmp_path: Pa
     assert len(sparse_ffns(model)) == 2 and effk("eval", out, "--context", 32, "--windows", 2).status == 0
     planned = effk("compress", tiny, "--recipe", "relufy", "--plan-only", "--out", tmp_path / "plan")
     assert planned.status == 0 and "model.layers.1.mlp" in (tmp_path / "plan" / "plan.json").read_text()
+    reused = effk(
+        "compress", tiny, "--recipe", "reuse", "--set", "method=griffin", "--out", tmp_path / "c", *options[4:]
+    )
+    assert reused.status == 0 and "greedy continuations of 16 tokens" in reused.stdout, (
+        "measured, although it fits nothing"
+    )
     text = effk("compress", tiny, "--recipe", "relufy", "--set", "rows=int8", "--out", tmp_path / "b")
     assert text.status == 0 and "exact: what is skipped is zero" in text.stdout

@@ -15,6 +15,7 @@ from rich.table import Table
 from .. import hub
 from ..compress import NetworkPlan, Plan, Recipe, make_plan, plan_from_json, recipe_from_json
 from ..compress import compress as compress_model
+from ..compress.activation import ActivationHandler
 from ..compress.registry import handler_for
 from ..compress.solvers.knapsack import InfeasibleBudget
 from ..data import calibration_text
@@ -69,7 +70,9 @@ def compress(
     opened = open_model(model, torch.float32)
     _check_space(out, opened)
     batches = None
-    if texts or handler_for(chosen).needs_calibration(chosen):
+    handler = handler_for(chosen)
+    judged = isinstance(handler, ActivationHandler) and bool(handler.exact(chosen))  # on held-out text
+    if texts or judged or handler.needs_calibration(chosen):
         check_positions("--calib-length", opened, calib_length)
         text = "\n\n".join(texts) if texts else calibration_text()
         batches = calibration_batches(opened, text, calib_sequences, calib_length)

@@ -190,6 +190,9 @@ def main(
         raise typer.BadParameter(f"--loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
     if threads:
         torch.set_num_threads(threads)
+    torch.set_flush_denormal(
+        True
+    )  # squares of the head's smallest gradients would be denormal, and cost seconds a step
     model, tokenizer = smollm2()
     how = Training(steps, length, batch, rate, weight, loss, narrow)
     outcome = run(model, tokenizer, how, windows, out, lambda text: print(text, flush=True))
