@@ -1,9 +1,12 @@
 // What the fuzz programs share: seeds, random numbers, storage types, a pool that hands out odd ranges, and the loop of calls.
 #pragma once
+#include <atomic>
 #include <cmath>
 #include <csignal>
 #include <initializer_list>
 #include <random>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "common/activation.h"
@@ -114,7 +117,22 @@ inline void scattered(void* pool, int64_t n, int64_t, RangeBody body, void* ctx)
   }
 }
 
-inline ParallelFor random_pool(Random& r, int64_t most = 6) { return {scattered, &r, 1 + int(r.below(most))}; }
+// Two threads that take the same ranges in turn, so that what they must not share shows.
+inline void concurrent(void* pool, int64_t n, int64_t, RangeBody body, void* ctx) {
+  std::vector<std::pair<int64_t, int64_t>> ranges;
+  for (int64_t end = n; end > 0; end = ranges.back().first) ranges.emplace_back(end - 1 - static_cast<Random*>(pool)->below(end), end);
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    for (size_t i; (i = next++) < ranges.size();) body(ctx, ranges[i].first, ranges[i].second);
+  };
+  std::thread other(work);
+  work();
+  other.join();
+}
+inline ParallelFor random_pool(Random& r, int64_t most = 6) {
+  const int threads = 1 + int(r.below(most));
+  return {r.chance(10) ? concurrent : scattered, &r, threads};
+}
 inline void random_tier(Random& r) { isa::force(isa::Tier(r.below(int64_t(isa::detected()) + 1)), r.chance(70)); }
 
 inline void on_signal(int signal) {

@@ -152,6 +152,19 @@ Packed random_weight(Random& r, Memory& m, int64_t n, int64_t k) {
     word ^= bit;
     if (!bm::validate(p.w, p.stored, &at) || at < 0 || at >= panels) fail("a wrong mask passes");
     word ^= bit;
+    // A bit that moves to where no weight is: the counts stay as they were.
+    uint64_t& last = masks[bm::word(blocks, n - 1, blocks - 1)];
+    const uint64_t right = last, lowest = right & (0 - right);
+    uint64_t& beyond = n % bm::kRows ? masks[bm::word(blocks, n, blocks - 1)] : last;
+    if (lowest && (n % bm::kRows || k % bm::kBlock) && r.chance(50)) {
+      last ^= lowest, beyond |= n % bm::kRows ? lowest : uint64_t(1) << 63;
+      if (!bm::validate(p.w, p.stored, &at)) fail("a mask beyond the weight passes");
+      beyond = 0, last = right;
+    } else if (lowest && k % bm::kBlock) {
+      last = (last ^ lowest) | uint64_t(1) << 63;
+      if (!bm::validate(p.w, p.stored, &at)) fail("a column beyond the last passes");
+      last = right;
+    }
   } else {
     int64_t& end = ptr[r.below(panels + 1)];
     const int64_t right = end;
