@@ -6,7 +6,10 @@ Nothing heavy is imported before the cores are chosen and the thread counts set:
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -101,55 +104,24 @@ def main(
         pin(threads)
     except ValueError as error:
         raise typer.BadParameter(f"--{error}") from None
-    if op == "runtime":
-        from . import model as runtime
-
-        rows = runtime.run(threads, quick, model or [], console)
+    if op in ("runtime", "wq_grouped_linear"):
         from .report import write_jsonl
 
+        if op == "runtime":
+            from . import model as runtime
+
+            rows = runtime.run(threads, quick, model or [], console)
+        else:
+            from . import wq_grouped_linear
+
+            rows = wq_grouped_linear.run(threads, quick, integers(bits) if bits else (4,), console)
         if json_file:
             write_jsonl(json_file, rows)
         return
-    if op == "wq_grouped_linear":
-        from . import wq_grouped_linear
-        from .report import write_jsonl
-
-        rows = wq_grouped_linear.run(threads, quick, integers(bits) if bits else (4,), console)
-        if json_file:
-            write_jsonl(json_file, rows)
-        return
-    if op == "fftconv":
-        given = {"m": m, "bits": bits, "compute": compute}
-        if names := [f"--{name}" for name, value in given.items() if value]:
-            raise typer.BadParameter(f"--op fftconv: expected no {', '.join(names)}: options of wq_linear")
-        convolution(quick, threads, json_file, isa, shape, kinds, baselines, console)
-        return
-    if op in ("dense_linear", "dyad_linear"):
-        if names := [f"--{name}" for name, value in {"bits": bits, "compute": compute}.items() if value]:
-            raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
-        layers(op, quick, threads, json_file, isa, m, shape, kinds, baselines, console)
-        return
-    if op == "quik_linear":
-        if names := [f"--{name}" for name, value in {"bits": bits, "compute": compute}.items() if value]:
-            raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
-        quantised(quick, threads, json_file, isa, m, shape, kinds, baselines, console)
-        return
-    if op == "bitmask_linear":
-        if names := [f"--{name}" for name, value in {"bits": bits, "compute": compute}.items() if value]:
-            raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
-        sparse(quick, threads, json_file, isa, m, shape, kinds, baselines, console)
-        return
-    if op == "relu_ffn":
-        if names := [f"--{name}" for name, value in {"m": m, "bits": bits, "compute": compute}.items() if value]:
-            raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
-        feed_forward(quick, threads, json_file, isa, shape, kinds, baselines, console)
-        return
-    if op == "attention":
-        if names := [f"--{name}" for name, value in {"m": m, "bits": bits, "compute": compute}.items() if value]:
-            raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
-        attended(quick, threads, json_file, isa, shape, kinds, baselines, console)
-        return
-    linear(quick, threads, json_file, isa, m, bits, compute, shape, baselines, console)
+    given = {"m": m, "bits": bits, "compute": compute}
+    if names := [f"--{name}" for name, value in given.items() if value and name not in TAKES.get(op, ())]:
+        raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
+    table(Options(op, quick, threads, isa, m, bits, compute, shape, kinds, baselines), json_file, console)
 
 
 def tiers_of(isa: str) -> tuple[str, ...]:
@@ -172,259 +144,166 @@ def some_of(option: str, text: str, known: dict[str, object], default: tuple) ->
     return tuple(known[name] for name in text.split(","))
 
 
-def convolution(
-    quick: bool,
-    threads: int,
-    json_file: Path | None,
-    isa: str,
-    shape: str,
-    kinds: str,
-    baselines: bool,
-    console: Console,
-) -> None:
-    """The fftconv table."""
-    import torch
+@dataclass(frozen=True)
+class Options:
+    """What the command line says about a table."""
 
+    op: str
+    quick: bool
+    threads: int
+    isa: str
+    m: str
+    bits: str
+    compute: str
+    shape: str
+    kinds: str
+    baselines: bool
+
+    def shapes(self, every: Sequence, quick: Sequence) -> tuple:
+        """Those that were asked for; else a few, or all."""
+        return some_of("--shape", self.shape, {str(s): s for s in every}, tuple(quick if self.quick else every))
+
+    def some_kinds(self, every: Sequence[str], default: Sequence[str] | None = None) -> tuple[str, ...]:
+        """Those that were asked for."""
+        return some_of(
+            "--kind", self.kinds, {name: name for name in every}, tuple(every if default is None else default)
+        )
+
+    def rows(self, every: tuple[int, ...], quick: tuple[int, ...]) -> tuple[int, ...]:
+        """Numbers of rows of x."""
+        return integers(self.m) if self.m else quick if self.quick else every
+
+
+def fftconv(o: Options) -> tuple[ModuleType, dict]:
     from . import fftconv_problem as problem
-    from . import fftconv_table, measure, report
+    from . import fftconv_table
 
     extras = [problem.DECODE, "memory"]
-    every = list(problem.QUICK_KINDS if quick else problem.KINDS) + (extras if not quick and not shape else [])
-    chosen = some_of("--kind", kinds, {name: name for name in (*problem.KINDS, *extras)}, tuple(every))
-    default = problem.QUICK if quick else problem.SHAPES
-    plan = fftconv_table.Plan(
-        some_of("--shape", shape, {str(s): s for s in problem.SHAPES}, default),
-        threads,
-        tiers_of(isa),
-        tuple(kind for kind in chosen if kind in problem.KINDS),
-        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
-        turns=3 if quick else 5,
-        baselines=baselines,
-        decode=problem.DECODE in chosen,
-        memory="memory" in chosen,
-    )
-    with console.status("measuring") as status, torch.inference_mode():
-        result = fftconv_table.run(plan, lambda text: (status.update(text), console.log(text)))
-    save(json_file, result, "fftconv")
-    report.print_run(result, console)
+    every = list(problem.QUICK_KINDS if o.quick else problem.KINDS) + extras * (not o.quick and not o.shape)
+    chosen = o.some_kinds((*problem.KINDS, *extras), every)
+    return fftconv_table, {
+        "shapes": o.shapes(problem.SHAPES, problem.QUICK),
+        "kinds": tuple(kind for kind in chosen if kind in problem.KINDS),
+        "decode": problem.DECODE in chosen,
+        "memory": "memory" in chosen,
+    }
 
 
-def layers(
-    op: str,
-    quick: bool,
-    threads: int,
-    json_file: Path | None,
-    isa: str,
-    m: str,
-    shape: str,
-    kinds: str,
-    baselines: bool,
-    console: Console,
-) -> None:
-    """The dense_linear and dyad_linear tables."""
+def layers(o: Options) -> tuple[ModuleType, dict]:
     from . import dyad_problem as problem
-    from . import dyad_table, measure, report
+    from . import dyad_table
 
-    known = problem.DENSE_KINDS if op == dyad_table.DENSE else problem.KINDS
-    plan = dyad_table.Plan(
-        op,
-        some_of("--shape", shape, {str(s): s for s in problem.LAYERS}, problem.QUICK if quick else problem.LAYERS),
-        threads,
-        tiers_of(isa),
-        integers(m) if m else problem.TOKENS[:2] if quick else problem.TOKENS,
-        some_of("--kind", kinds, {name: name for name in known}, known),
-        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
-        turns=3 if quick else 5,
-        baselines=baselines,
-    )
-    with console.status("measuring") as status:
-        result = dyad_table.run(plan, lambda text: (status.update(text), console.log(text)))
-    save(json_file, result, op)
-    report.print_run(result, console)
+    return dyad_table, {
+        "op": o.op,
+        "layers": o.shapes(problem.LAYERS, problem.QUICK),
+        "tokens": o.rows(problem.TOKENS, problem.TOKENS[:2]),
+        "kinds": o.some_kinds(problem.DENSE_KINDS if o.op == dyad_table.DENSE else problem.KINDS),
+    }
 
 
-def quantised(
-    quick: bool,
-    threads: int,
-    json_file: Path | None,
-    isa: str,
-    m: str,
-    shape: str,
-    kinds: str,
-    baselines: bool,
-    console: Console,
-) -> None:
-    """The quik_linear table."""
-    import torch
-
-    from . import measure, quik_table, report
+def quik_linear(o: Options) -> tuple[ModuleType, dict]:
     from . import quik_problem as problem
+    from . import quik_table
 
-    plan = quik_table.Plan(
-        some_of("--shape", shape, {str(s): s for s in problem.LAYERS}, problem.LAYERS[: 1 if quick else None]),
-        threads,
-        tiers_of(isa),
-        integers(m) if m else (1, 128) if quick else problem.ROWS,
-        some_of("--kind", kinds, {name: name for name in problem.KINDS}, problem.KINDS),
-        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
-        turns=3 if quick else 5,
-        baselines=baselines,
-    )
-    with console.status("measuring") as status, torch.inference_mode():
-        result = quik_table.run(plan, lambda text: (status.update(text), console.log(text)))
-    save(json_file, result, "quik_linear")
-    report.print_run(result, console)
+    return quik_table, {
+        "layers": o.shapes(problem.LAYERS, problem.LAYERS[:1]),
+        "rows": o.rows(problem.ROWS, (1, 128)),
+        "kinds": o.some_kinds(problem.KINDS),
+    }
 
 
-def feed_forward(
-    quick: bool,
-    threads: int,
-    json_file: Path | None,
-    isa: str,
-    shape: str,
-    kinds: str,
-    baselines: bool,
-    console: Console,
-) -> None:
-    """The relu_ffn table."""
-    import torch
-
-    from . import measure, relu_table, report
+def relu_ffn(o: Options) -> tuple[ModuleType, dict]:
     from . import relu_problem as problem
+    from . import relu_table
 
-    layers = {str(s): s for s in problem.LAYERS}
-    plan = relu_table.Plan(
-        some_of("--shape", shape, layers, problem.LAYERS[2:3] if quick else problem.LAYERS),
-        threads,
-        tiers_of(isa),
-        some_of("--kind", kinds, {name: name for name in problem.KINDS}, problem.KINDS),
-        densities=(0.1, 0.5) if quick else problem.DENSITIES,
-        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
-        turns=3 if quick else 5,
-        baselines=baselines,
-    )
-    with console.status("measuring") as status, torch.inference_mode():
-        result = relu_table.run(plan, lambda text: (status.update(text), console.log(text)))
-    save(json_file, result, "relu_ffn")
-    report.print_run(result, console)
+    return relu_table, {
+        "layers": o.shapes(problem.LAYERS, problem.LAYERS[2:3]),
+        "kinds": o.some_kinds(problem.KINDS),
+        "densities": (0.1, 0.5) if o.quick else problem.DENSITIES,
+    }
 
 
-def sparse(
-    quick: bool,
-    threads: int,
-    json_file: Path | None,
-    isa: str,
-    m: str,
-    shape: str,
-    kinds: str,
-    baselines: bool,
-    console: Console,
-) -> None:
-    """The bitmask_linear table."""
-    import torch
-
+def bitmask_linear(o: Options) -> tuple[ModuleType, dict]:
     from . import bitmask_linear as problem
-    from . import bitmask_table, measure, report
+    from . import bitmask_table
 
-    plan = bitmask_table.Plan(
-        some_of("--shape", shape, {str(s): s for s in problem.LAYERS}, problem.LAYERS[: 1 if quick else None]),
-        threads,
-        tiers_of(isa),
-        integers(m) if m else (1, 128) if quick else problem.ROWS,
-        some_of("--kind", kinds, {name: name for name in bitmask_table.KINDS}, bitmask_table.KINDS),
-        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
-        turns=3 if quick else 5,
-        baselines=baselines,
-    )
-    with console.status("measuring") as status, torch.inference_mode():
-        result = bitmask_table.run(plan, lambda text: (status.update(text), console.log(text)))
-    save(json_file, result, "bitmask_linear")
-    report.print_run(result, console)
+    return bitmask_table, {
+        "layers": o.shapes(problem.LAYERS, problem.LAYERS[:1]),
+        "rows": o.rows(problem.ROWS, (1, 128)),
+        "kinds": o.some_kinds(bitmask_table.KINDS),
+    }
 
 
-def attended(
-    quick: bool,
-    threads: int,
-    json_file: Path | None,
-    isa: str,
-    shape: str,
-    kinds: str,
-    baselines: bool,
-    console: Console,
-) -> None:
-    """The attention table."""
+def attention(o: Options) -> tuple[ModuleType, dict]:
     from . import attention_problem as problem
-    from . import attention_table, measure, report
+    from . import attention_table
 
-    plan = attention_table.Plan(
-        some_of("--shape", shape, {str(s): s for s in problem.SHAPES}, problem.SHAPES[: 1 if quick else None]),
-        threads,
-        tiers_of(isa),
-        some_of("--kind", kinds, {name: name for name in attention_table.KINDS}, attention_table.KINDS),
-        sequences=problem.SEQUENCES[: 1 if quick else None],
-        prompts=problem.PROMPTS[: 1 if quick else None],
-        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
-        turns=3 if quick else 5,
-        baselines=baselines,
-    )
-    with console.status("measuring") as status:
-        result = attention_table.run(plan, lambda text: (status.update(text), console.log(text)))
-    save(json_file, result, "attention")
-    report.print_run(result, console)
+    few = 1 if o.quick else None
+    return attention_table, {
+        "shapes": o.shapes(problem.SHAPES, problem.SHAPES[:1]),
+        "kinds": o.some_kinds(attention_table.KINDS),
+        "sequences": problem.SEQUENCES[:few],
+        "prompts": problem.PROMPTS[:few],
+    }
 
 
-def save(json_file: Path | None, result: object, op: str) -> None:
-    """Writes the rows of a `measure.Result`, with the machine's limits before and what was missing after them."""
-    from . import measure, report
+def wq_linear(o: Options) -> tuple[ModuleType, dict]:
+    from . import shapes, wq_linear_table
 
-    if json_file:
-        rows = [*measure.machine_rows(result), *result.rows, *measure.missing_rows(result, op)]
-        report.write_jsonl(json_file, rows)
-
-
-def linear(
-    quick: bool,
-    threads: int,
-    json_file: Path | None,
-    isa: str,
-    m: str,
-    bits: str,
-    compute: str,
-    shape: str,
-    baselines: bool,
-    console: Console,
-) -> None:
-    """The wq_linear table."""
-    import torch
-
-    from . import measure, report, shapes, wq_linear_table
-
-    tiers = tiers_of(isa)
-    default = shapes.LINEAR_QUICK if quick else shapes.LINEAR
-    chosen = some_of("--shape", shape, {str(s): s for s in shapes.LINEAR}, default)
-    widths = integers(bits) if bits else shapes.BITS
-    forms = tuple(compute.split(",")) if compute else shapes.FORMS
+    widths = integers(o.bits) if o.bits else shapes.BITS
+    forms = tuple(o.compute.split(",")) if o.compute else shapes.FORMS
     for name, given, legal in (("bits", widths, shapes.BITS), ("compute", forms, shapes.FORMS)):
         if not set(given) <= set(legal):
             raise typer.BadParameter(f"--{name}: expected some of {legal}, got {given}")
-    ms = integers(m) if m else shapes.MS_QUICK if quick else shapes.MS
-    plan = wq_linear_table.Plan(
-        chosen,
-        ms,
-        threads,
-        tiers,
-        widths,
-        forms,
-        wait_s=2.0 if quick else measure.QUIET_WAIT_S,
-        turns=3 if quick else 5,
-        baselines=baselines,
+    return wq_linear_table, {
+        "shapes": o.shapes(shapes.LINEAR, shapes.LINEAR_QUICK),
+        "ms": o.rows(shapes.MS, shapes.MS_QUICK),
+        "bits": widths,
+        "forms": forms,
+    }
+
+
+# What makes the module of an op's table and what of its plan the options say.
+PLANS = {
+    "wq_linear": wq_linear,
+    "fftconv": fftconv,
+    "dense_linear": layers,
+    "dyad_linear": layers,
+    "quik_linear": quik_linear,
+    "relu_ffn": relu_ffn,
+    "bitmask_linear": bitmask_linear,
+    "attention": attention,
+}
+TAKES = {  # which of the options of wq_linear others have too
+    "wq_linear": ("m", "bits", "compute"),
+    "dense_linear": ("m",),
+    "dyad_linear": ("m",),
+    "quik_linear": ("m",),
+    "bitmask_linear": ("m",),
+}
+
+
+def table(o: Options, json_file: Path | None, console: Console) -> None:
+    """Runs the table of an op, prints it and keeps its rows."""
+    import torch
+
+    from . import measure, report
+
+    module, what = PLANS[o.op](o)
+    plan = module.Plan(
+        threads=o.threads,
+        tiers=tiers_of(o.isa),
+        wait_s=2.0 if o.quick else measure.QUIET_WAIT_S,
+        turns=3 if o.quick else 5,
+        baselines=o.baselines,
+        **what,
     )
-    with (
-        console.status("measuring") as status,
-        torch.inference_mode(),
-    ):  # as deployed: autograd alone costs microseconds a call
-        result = wq_linear_table.run(plan, lambda text: (status.update(text), console.log(text)))
-    save(json_file, result, "wq_linear")
+    # As deployed: autograd alone costs microseconds a call. Tables of training steps switch it on again.
+    with console.status("measuring") as status, torch.inference_mode():
+        result = module.run(plan, lambda text: (status.update(text), console.log(text)))
+    if json_file:
+        rows = [*measure.machine_rows(result), *result.rows, *measure.missing_rows(result, o.op)]
+        report.write_jsonl(json_file, rows)
     report.print_run(result, console)
 
 

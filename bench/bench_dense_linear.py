@@ -9,7 +9,7 @@ from bench import dyad_table
 from bench.bench_dyad_linear import measure
 from bench.dyad_problem import DENSE_KINDS, QUICK, Layer
 
-PLAN = dyad_table.Plan("dense_linear", QUICK, 1, (effk.isa.active(),))
+PLAN = dyad_table.Plan(op="dense_linear", layers=QUICK, tiers=(effk.isa.active(),))
 CASES = [(layer, kind, entry) for layer in QUICK for kind in DENSE_KINDS for entry in dyad_table.entries(PLAN, kind)]
 
 

@@ -5,17 +5,15 @@ Outputs are checked first.
 
 from __future__ import annotations
 
-from itertools import count
-
 import pytest
 import torch
 
 import effk
-from bench import dyad_table
+from bench import dyad_table, table
 from bench.dyad_problem import KINDS, QUICK, TRAINING, Layer, Problem
 
 TOKENS = 512
-PLAN = dyad_table.Plan("dyad_linear", QUICK, 1, (effk.isa.active(),))
+PLAN = dyad_table.Plan(layers=QUICK, tiers=(effk.isa.active(),))
 CASES = [(layer, kind, entry) for layer in QUICK for kind in KINDS for entry in dyad_table.entries(PLAN, kind)]
 
 
@@ -27,11 +25,7 @@ def measure(benchmark: object, layer: Layer, kind: str, entry: dyad_table.Entry)
         if made is None:
             pytest.skip("no such call, or not installed")
         match = problem.match(kind, entry.n, made.read(made.call(0)), made.rounds_parts)
-        assert match <= 1, f"error is {match:.3g} of its bound"
-        benchmark.group = f"{layer} {kind}"
-        benchmark.extra_info.update(match=match, version=entry.version, isa=entry.isa)
-        turns = count()
-        benchmark(lambda: made.call(next(turns)))
+        table.repeat(benchmark, entry, f"{layer} {kind}", made.call, match)
 
 
 @pytest.mark.parametrize(("layer", "kind", "entry"), CASES, ids=str)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
@@ -15,12 +14,13 @@ import torch
 
 import effk
 
-from . import fftconv, fftconv_decode, fftconv_memory, machine
+from . import fftconv, fftconv_decode, fftconv_memory, machine, table
 from .baselines import direct_conv1d, scipy_fft, torch_fft, torch_fftconv
-from .fftconv_problem import BACKWARD, FORWARD, KINDS, Problem, Shape, flops, least_bytes
-from .measure import PLAUSIBLE, QUIET_WAIT_S, Block, Result, Say, Session, try_build
+from .fftconv_problem import BACKWARD, FORWARD, KINDS, SHAPES, Problem, Shape, flops, least_bytes
+from .measure import Result, Say, Session, try_build
 from .report import Row, set_vs_best
-from .timing import Contender, summary
+from .table import Cost
+from .timing import Contender, Timing
 from .worker import DEFAULT, TUNED, Worker
 
 OP = "fftconv"
@@ -29,16 +29,11 @@ OTHERS = (scipy_fft, torch_fftconv, direct_conv1d)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to run."""
+class Plan(table.Plan):
+    """What to run. Tiers but the first run forward only."""
 
-    shapes: tuple[Shape, ...]
-    threads: int
-    tiers: tuple[str, ...]  # of ours; the first is the headline, the others run forward only
+    shapes: tuple[Shape, ...] = SHAPES
     kinds: tuple[str, ...] = KINDS
-    wait_s: float = QUIET_WAIT_S
-    turns: int = 5
-    baselines: bool = True
     decode: bool = True
     memory: bool = True
 
@@ -52,12 +47,22 @@ class Entry:
     allocator: str = DEFAULT_MALLOC
 
     @property
+    def name(self) -> str:
+        """The module's."""
+        return self.module.NAME
+
+    @property
+    def version(self) -> str:
+        """The module's."""
+        return self.module.VERSION
+
+    @property
     def settings(self) -> str:
         """What the case says beside the kind."""
         return self.allocator if self.allocator == TUNED_MALLOC or self.module is torch_fft else ""
 
     def __str__(self) -> str:
-        return " ".join(filter(None, (self.module.NAME, self.settings)))
+        return table.joined(self.name, self.settings, by=" ")
 
 
 def make(module: str, isa: str, b: int, h: int, length: int, kind: str, threads: int) -> Callable[[], object] | None:
@@ -111,56 +116,33 @@ class Run:
 
     def block(self, problem: Problem, kind: str) -> None:
         """Checks, then times the backends of one shape and kind."""
-        found: list[tuple[Entry, Worker, float]] = []
+        found: list[table.Found] = []
+        where = f"{problem.shape} {kind}"
         for entry in self.entries(kind):
             if (worker := self.loaded(entry, problem.shape, kind)) is None:
                 continue
             match = problem.match(kind, [torch.from_numpy(array) for array in worker.result()])
-            if not match <= 1:
-                self.say(f"wrong: {entry} {problem.shape} {kind}: error is {match:.3g} of its bound")
-            found.append((entry, worker, match))
+            table.said(match, entry, where, self.say)
+            timed = Contender(lambda: None, series=worker.series)
+            found.append(table.Found(entry, timed, partial(self.rows, entry, problem, kind, match)))
         problem.forget()
-        self.say(f"{problem.shape} {kind}: {len(found)} backends")
-        contenders = {str(i): Contender(lambda: None, series=w.series) for i, (_, w, _) in enumerate(found)}
-        timed = self.session.block(contenders)
+        table.take(self.session, found, where, self.say)
         if kind == FORWARD:
-            faults = [str(worker.faults()) for entry, worker, _ in found if entry.module is torch_fft]
+            faults = [str(self.workers[f.entry].faults()) for f in found if f.entry.module is torch_fft]
             self.faults += [f"{problem.shape} {' / '.join(faults)}"] * bool(faults)
-        for i, (entry, worker, match) in enumerate(found):
-            row = self.row(entry, problem, kind, timed, timed.samples[str(i)], match)
-            self.result.rows.append(row)
-            worker.release()
-            if row.roofline > PLAUSIBLE:
-                self.say(f"implausible: {entry} {problem.shape} {kind}: {row.roofline:.2f} of the bound")
+        for f in found:
+            self.workers[f.entry].release()
 
-    def row(
-        self, entry: Entry, problem: Problem, kind: str, timed: Block, samples: Sequence[float], match: float
-    ) -> Row:
+    def rows(self, entry: Entry, problem: Problem, kind: str, match: float, timing: Timing, dram: float) -> list[Row]:
         """The row of a timing."""
-        timing, shape, limits = summary(samples), problem.shape, self.result.machine
-        peak = limits.peak("fp32", entry.isa if entry.isa in machine.TIERS else machine.TIERS[-1])
+        shape, peak = problem.shape, self.result.machine.peak("fp32", entry.isa)
         work, nbytes = flops(shape, kind), least_bytes(shape, kind)
         least_us = work / peak / 1e3 if peak else 0.0
         if nbytes * len(problem.inputs) > machine.last_level_cache():
-            least_us = max(least_us, nbytes / timed.dram / 1e3)
-        return Row(
-            OP,
-            f"{kind}, {entry.settings}" if entry.settings else kind,
-            shape.keys(gated=kind == "gated"),
-            "float32",
-            entry.isa,
-            self.plan.threads,
-            entry.module.NAME,
-            entry.module.VERSION,
-            timing.us,
-            timing.iqr,
-            nbytes / timing.us / 1e3,
-            work / timing.us / 1e3,
-            least_us / timing.us,
-            None,
-            match if math.isfinite(match) else None,
-            best_us=timing.best,
-        )
+            least_us = max(least_us, nbytes / dram / 1e3)
+        keys, cost = shape.keys(gated=kind == "gated"), Cost(nbytes, work, least_us)
+        case, threads = table.joined(kind, entry.settings), self.plan.threads
+        return [table.row(OP, case, keys, "float32", entry, threads, timing, cost, match)]
 
 
 def run(plan: Plan, say: Say) -> Result:

@@ -184,8 +184,9 @@ class Machine:
     peaks: dict[str, dict[str, float]] = field(default_factory=dict)  # "fp32" | "int8" | "bf16" -> tier -> GFLOP/s
 
     def peak(self, what: str, tier: str) -> float:
-        """Peak of `what` at `tier` or, where the tier adds no instruction for it, at the next lower one."""
-        usable = [t for t in TIERS[: TIERS.index(tier) + 1] if t in self.peaks.get(what, {})]
+        """Peak of `what` at `tier` or, where it adds no instruction for it, at the next lower one; "native": at the highest."""
+        last = TIERS.index(tier if tier in TIERS else TIERS[-1])
+        usable = [t for t in TIERS[: last + 1] if t in self.peaks.get(what, {})]
         return self.peaks[what][usable[-1]] if usable else 0.0
 
     def to_json(self) -> dict:

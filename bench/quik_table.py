@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-import effk
-
-from . import machine, quik_linear
+from . import quik_linear, table
 from .baselines import onnxruntime_quik, torch_quik
-from .baselines.torch_dense import AVOIDS, avoids_avx512
-from .measure import PLAUSIBLE, QUIET_WAIT_S, Result, Say, Session, in_turn, try_build
+from .machine import Machine
+from .measure import Result, Say, Session
 from .quik_problem import BITS, BITS_A, FEW, KINDS, LAYERS, PRODUCT, ROWS, Layer, Made, Problem
-from .report import Row, set_vs_best
-from .timing import summary
+from .report import Row
+from .table import Cost
+from .timing import Timing
 
 OP = "quik_linear"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to run."""
+class Plan(table.Plan):
+    """What to run. Tiers but the first run the fused layer only."""
 
     layers: tuple[Layer, ...] = LAYERS
-    threads: int = 1
-    tiers: tuple[str, ...] = ()  # of ours; the first is the headline, the others run the fused layer only
     rows: tuple[int, ...] = ROWS
     kinds: tuple[str, ...] = KINDS
-    wait_s: float = QUIET_WAIT_S
-    turns: int = 5
-    baselines: bool = True
 
 
 @dataclass(frozen=True)
@@ -83,10 +75,10 @@ def entries(plan: Plan) -> list[Entry]:
     return ours + theirs * plan.baselines
 
 
-def least_us(entry: Entry, problem: Problem, kind: str, limits: machine.Machine, dram: float) -> float:
+def least_us(entry: Entry, problem: Problem, kind: str, limits: Machine, dram: float) -> float:
     """Operations over the peak of the instructions that do them, with outliers in bf16; for few rows also the bytes."""
     n, k, m = problem.layer.n, problem.layer.k, problem.m
-    tier = entry.isa if entry.isa in machine.TIERS else machine.TIERS[-1]
+    tier = entry.isa
     if entry.bits > 8:
         dtype = "fp32" if entry.bits == 32 else "bf16"
         return max(2.0 * m * n * k / limits.peak(dtype, tier) / 1e3, n * k * entry.bits / 8 / dram / 1e3 * (m <= FEW))
@@ -106,57 +98,36 @@ def bits_a(entry: Entry, kind: str, m: int) -> int:
 
 def block(plan: Plan, session: Session, problem: Problem, kind: str, say: Say) -> None:
     """Checks, then times the backends of one size and kind."""
-    found: list[tuple[Entry, Made, float]] = []
-    result = session.result
-    for entry in entries(plan):
-        if entry.isa != "native":
-            effk.isa.use(entry.isa)
-        if not entry.version:
-            result.missing[entry.name] = "not installed"
-            continue
-        build = partial(entry.function, problem, kind, entry.bits, entry.outliers)
-        if (made := try_build(build, f"{entry} ({problem.layer} {kind})", result, say)) is None:
-            continue
-        match = made.match(made.read(made.call(0)))
-        if not match <= 1:
-            say(f"wrong: {entry} {problem.layer} M={problem.m} {kind}: error is {match:.3g} of its bound")
-        found.append((entry, made, match))
-    if not found:
-        return
-    say(f"{problem.layer} M={problem.m} {kind}: {len(found)} backends")
-    timed = session.block(
-        {str(i): in_turn(made.call, made.products, entry.isa) for i, (entry, made, _) in enumerate(found)}
-    )
-    for i, (entry, _, match) in enumerate(found):
-        timing = summary(timed.samples[str(i)])
-        layer, m = problem.layer, problem.m
-        outliers = len(problem.outliers) if entry.outliers else 0
-        share = least_us(entry, problem, kind, result.machine, timed.dram) / timing.us
+    layer, m = problem.layer, problem.m
+
+    def rows(entry: Entry, made: Made, match: float, timing: Timing, dram: float) -> list[Row]:
         shape = {
             "M": m,
             "N": layer.n,
             "K": layer.k,
             "bits_w": entry.bits,
             "bits_a": bits_a(entry, kind, m),
-            "outliers": outliers,
+            "outliers": len(problem.outliers) if entry.outliers else 0,
         }
-        work, nbytes = 2.0 * m * layer.n * layer.k, layer.n * layer.k * entry.bits / 8
-        case = ", ".join(filter(None, (kind, entry.settings)))
-        row = Row(
-            OP, case, shape, entry.dtype, entry.isa, plan.threads, entry.name, entry.version,
-            timing.us, timing.iqr, nbytes / timing.us / 1e3, work / timing.us / 1e3, share, None,
-            match if math.isfinite(match) else None, best_us=timing.best,
-        )  # fmt: skip
-        result.rows.append(row)
-        if share > PLAUSIBLE:
-            say(f"implausible: {entry} {layer} {kind}: {share:.2f} of the bound")
+        least = least_us(entry, problem, kind, session.result.machine, dram)
+        cost = Cost(layer.n * layer.k * entry.bits / 8, 2.0 * m * layer.n * layer.k, least)
+        case = table.joined(kind, entry.settings)
+        return [table.row(OP, case, shape, entry.dtype, entry, plan.threads, timing, cost, match)]
+
+    table.block(
+        session,
+        entries(plan),
+        f"{layer} M={m} {kind}",
+        lambda entry: entry.function(problem, kind, entry.bits, entry.outliers),
+        lambda entry, made: made.match(made.read(made.call(0))),
+        rows,
+        say,
+    )
 
 
 def run(plan: Plan, say: Say) -> Result:
     """Runs the plan; `say` gets one line per block and anything worth knowing."""
-    session = Session(plan.threads, plan.wait_s, plan.turns)
-    before = effk.isa.active()
-    try:
+    with table.running(plan, torch_quik.FP32) as session:
         for layer in plan.layers:
             for m in plan.rows:
                 problem = Problem(layer, m)
@@ -164,9 +135,4 @@ def run(plan: Plan, say: Say) -> Result:
                     if kind != PRODUCT or m > FEW:
                         block(plan, session, problem, kind, say)
                 gc.collect()
-    finally:
-        effk.isa.use(before)
-    if avoids_avx512():
-        session.result.notes.append(f"{torch_quik.FP32}: {AVOIDS}")
-    set_vs_best(session.result.rows)
     return session.result

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import effk
 
-from . import machine, wq_linear
+from . import machine, table, wq_linear
 from .backend import Backend, Runner
 from .baselines import competitors
-from .measure import PLAUSIBLE, QUIET_WAIT_S, Result, Say, Session, try_build
+from .measure import PLAUSIBLE, Result, Say, Session, try_build
 from .problem import Problem
 from .report import COLD, WARM, Row, set_vs_best
-from .shapes import BITS, FORMS, MS_AVX2, MS_QUICK, MS_WARM, Case, Shape, cases
+from .shapes import BITS, FORMS, LINEAR, MS, MS_AVX2, MS_QUICK, MS_WARM, Case, Shape, cases
 from .timing import Contender, Timing, summary
 
 OP = "wq_linear"
@@ -24,18 +23,13 @@ DENSE_BITS = (16, 32)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(table.Plan):
     """What to run."""
 
-    shapes: tuple[Shape, ...]
-    ms: tuple[int, ...]
-    threads: int
-    tiers: tuple[str, ...]  # of ours; the first is the headline
+    shapes: tuple[Shape, ...] = LINEAR
+    ms: tuple[int, ...] = MS
     bits: tuple[int, ...] = BITS
     forms: tuple[str, ...] = FORMS
-    wait_s: float = QUIET_WAIT_S
-    turns: int = 5
-    baselines: bool = True
 
 
 def wanted(shape: Shape, m: int, plan: Plan) -> list[Case]:
@@ -92,8 +86,7 @@ def measure_block(
     for entry, runner in block:
         runner.bind(m)
         matches.append(max(runner.oracle.match(y, m, entry.rounding, roll) for roll, y in runner.outputs()))
-        if not matches[-1] <= 1:
-            say(f"wrong: {entry.name} {entry.case} {shape} M={m}: error is {matches[-1]:.3g} of its bound")
+        table.said(matches[-1], f"{entry.name} {entry.case}", f"{shape} M={m}", say)
     cold, warm = {}, {}
     for i, (_, runner) in enumerate(block):
         cold[f"{i} {COLD}"] = Contender(runner.call, runner.products, runner.activate)
@@ -129,29 +122,13 @@ def make_row(
     """The row of a timing. Warm rows have no roofline: their weight may sit in a cache."""
     flops = 2.0 * m * shape.n * shape.k
     keys = {"M": m, "N": shape.n, "K": shape.k, "bits": entry.bits, "group": entry.group, "outliers": entry.outliers}
-    roofline = None
-    if dram is not None:
-        peak = limits.peak(unit(entry), entry.isa if entry.isa in machine.TIERS else machine.TIERS[-1])
-        least_us = max(runner.nbytes / dram / 1e3, flops / peak / 1e3 if peak else 0.0)
-        roofline = least_us / timing.us
-    return Row(
-        OP,
-        f"{entry.case}, {kind}",
-        keys,
-        entry.dtype,
-        entry.isa,
-        threads,
-        entry.name,
-        entry.version,
-        timing.us,
-        timing.iqr,
-        runner.nbytes / timing.us / 1e3,
-        flops / timing.us / 1e3,
-        roofline,
-        None,
-        match if math.isfinite(match) else None,
-        best_us=timing.best,
-    )
+    peak = limits.peak(unit(entry), entry.isa)
+    least_us = max(runner.nbytes / dram / 1e3 if dram else 0.0, flops / peak / 1e3 if peak else 0.0)
+    cost = table.Cost(runner.nbytes, flops, least_us)
+    row = table.row(OP, f"{entry.case}, {kind}", keys, entry.dtype, entry, threads, timing, cost, match)
+    if dram is None:
+        row.roofline = None
+    return row
 
 
 def unit(entry: Backend) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from bench.report import Row, set_vs_best, shape_name
 from bench.verdict import Verdict
 
 LAYER = Layer(64, 96)
-PLAN = dyad_table.Plan("dyad_linear", (LAYER,), 1, (effk.isa.supported()[-1],), (1, 20), KINDS, 0.1, 1)
+PLAN = dyad_table.Plan(layers=(LAYER,), tiers=(effk.isa.supported()[-1],), tokens=(1, 20), wait_s=0.1, turns=1)
 
 
 @pytest.fixture
@@ -88,7 +89,7 @@ def test_a_whole_run(op: str, few_copies: None) -> None:
     """Rows of all kinds, right and complete; dense competitors stand beside every n."""
     lines: list[str] = []
     kinds = DENSE_KINDS if op == "dense_linear" else KINDS
-    plan = dyad_table.Plan(op, (LAYER,), 1, PLAN.tiers, (1, 20), kinds, 0.1, 1)
+    plan = replace(PLAN, op=op, kinds=kinds)
     before = effk.isa.active()
     result = dyad_table.run(plan, lines.append)
     assert effk.isa.active() == before

@@ -187,7 +187,9 @@ def test_a_whole_run_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fftconv_memory, "SHAPES", (Shape(1, 4, 256),))
     lines: list[str] = []
     tier = effk.isa.supported()[-1]
-    plan = fftconv_table.Plan((SHAPE,), 1, (tier,), (FORWARD, BACKWARD), 0.1, 1, baselines=False)
+    plan = fftconv_table.Plan(
+        shapes=(SHAPE,), tiers=(tier,), kinds=(FORWARD, BACKWARD), wait_s=0.1, turns=1, baselines=False
+    )
     result = fftconv_table.run(plan, lines.append)
     assert any(line.startswith("2x3x192: ") for line in lines) and not any("wrong" in line for line in lines)
     kinds = [row.kind for row in result.rows]

@@ -14,7 +14,7 @@ from bench.report import Row
 from bench.verdict import Verdict
 
 SMALL = Layer(48, 96)
-PLAN = quik_table.Plan((SMALL,), 1, (effk.isa.supported()[-1],), (2, 20), KINDS, 0.1, 1)
+PLAN = quik_table.Plan(layers=(SMALL,), tiers=(effk.isa.supported()[-1],), rows=(2, 20), wait_s=0.1, turns=1)
 
 
 @pytest.fixture
