@@ -490,7 +490,11 @@ RELU_MUTANTS = (
     ),
     relu("cut of the first token", "body.h", "cut ? cut[b] : 0.0f", "cut ? cut[0] : 0.0f"),
     relu(
-        "one row of four misses its scale", "body.h", "total * at.scale[r][0] : total", "total * at.scale[0][0] : total"
+        "one row of four misses its scale",
+        "body.h",
+        "total * at.scale[r][0] : total",
+        "total * at.scale[0][0] : total",
+        "avx512.cpp",
     ),
     relu(
         "scales of a later segment",
@@ -499,13 +503,12 @@ RELU_MUTANTS = (
         "to[g - g0] = value * scale[g - g0 < l.groups ? g - g0 : l.groups - 1];",
     ),
     relu(
-        "a group's scale one vector late",
+        "a unit's groups share a scale",
         "body.h",
         "const int64_t g = (u * K + P * G) / GC;",
-        "const int64_t g = (u * K + P * G + 1) / GC;",
+        "const int64_t g = u * K / GC;",
     ),
     relu("upper nibbles not moved down", "body.h", "if constexpr (S == 4) raw[r] = shift_right<16>(raw[r]);", ""),
-    relu("int4 rows not at zero", "pack.cpp", "type == Rows::i4 ? 0x88 : 0", "0"),
     relu("nibbles of a byte exchanged", "pack.cpp", "int(in / 16 % 2) * 4", "4 - int(in / 16 % 2) * 4"),
     relu(
         "largest magnitude of the first columns",
@@ -560,8 +563,8 @@ BITMASK_MUTANTS = (
     bitmask(
         "correction by another row",
         "body.h",
-        "128u * uint32_t(p.w.row_sum[i])",
-        "128u * uint32_t(p.w.row_sum[p.row0 * groups + g])",
+        "p.w.row_sum[(p.row0 + r) * groups + g]",
+        "p.w.row_sum[p.row0 * groups + g]",
     ),
     bitmask(
         "infinity not looked for",
@@ -575,23 +578,26 @@ BITMASK_MUTANTS = (
         "const vf by = set_f(scale), limit = set_f(127.0f)",
         "const vf by = set_f(scale), limit = set_f(126.0f)",
     ),
-    bitmask(
-        "tail of x not at zero", "body.h", "std::memset(to, 0, size_t(x_row));", "std::memset(to, 1, size_t(x_row));"
-    ),
     bitmask("sums of a group kept for the next", "body.h", "std::memset(sums, 0, size_t(t.count * kRows) * 4);", ""),
     bitmask(
         "pieces go past their group", "body.h", "end = group_end < p.blocks ? group_end : p.blocks;", "end = p.blocks;"
     ),
-    bitmask("row scale twice", "body.h", "if (a.w.scale && !a.w.group) v = v", "if (a.w.scale) v = v"),
+    bitmask("row scale forgotten", "body.h", "if (a.w.scale && !a.w.group) {", "if (false) {"),
     bitmask(
         "scale of the panel's first row",
         "body.h",
-        "return p.w.scale + (p.row0 + r) * bitmask::groups",
-        "return p.w.scale + p.row0 * bitmask::groups",
+        "p.w.scale[(p.row0 + r) * bitmask::groups(p.w.k, p.w.group) + b",
+        "p.w.scale[p.row0 * bitmask::groups(p.w.k, p.w.group) + b",
     ),
-    bitmask("bias of the panel's first row", "body.h", "v + bias_of(a, p.row0 + r)", "v + bias_of(a, p.row0)"),
-    bitmask("rows beyond the last written", "body.h", "if (r >= p.rows) return;", "if (r > p.rows) return;"),
-    bitmask("a token's scale for all", "body.h", "finish_int8(a, p, t.sx[n],", "finish_int8(a, p, t.sx[0],"),
+    bitmask(
+        "bias of the panel's first row", "body.h", "rows[r] + bias_of(a, p.row0 + r)", "rows[r] + bias_of(a, p.row0)"
+    ),
+    bitmask(
+        "rows beyond the last written",
+        "body.h",
+        "if (p.rows == kRows) return store_eight",
+        "if (p.rows >= kRows - 1) return store_eight",
+    ),
 )
 
 grouped = planter("wq_grouped_linear", GROUPED)
