@@ -5,35 +5,31 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 import effk
 
 from . import bitmask_linear as ours
-from . import machine
+from . import table
 from .bitmask_linear import BITS, COLD_ROWS, LAYERS, ROWS, SPARSITIES, Layer, Made, Problem
-from .measure import PLAUSIBLE, QUIET_WAIT_S, Result, Say, Session, in_turn, try_build
-from .report import Row, set_vs_best
-from .timing import summary
+from .machine import Machine
+from .measure import Result, Say, Session
+from .report import Row
+from .table import Cost
+from .timing import Timing
 
 OP = "bitmask_linear"
 KINDS = ("int8", "float")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to run."""
+class Plan(table.Plan):
+    """What to run. Tiers but the first run the sparse layers only."""
 
     layers: tuple[Layer, ...] = LAYERS
-    threads: int = 1
-    tiers: tuple[str, ...] = ()  # of ours; the first is the headline, the others run the sparse layers only
     rows: tuple[int, ...] = ROWS
     kinds: tuple[str, ...] = KINDS
-    wait_s: float = QUIET_WAIT_S
-    turns: int = 5
-    baselines: bool = True
 
 
 @dataclass(frozen=True)
@@ -75,73 +71,41 @@ def entries(plan: Plan) -> list[Entry]:
     return [entry for entry in found if entry.kind in plan.kinds]
 
 
-def least_us(entry: Entry, made: Made, p: Problem, limits: machine.Machine, dram: float) -> float:
+def least_us(entry: Entry, made: Made, p: Problem, limits: Machine, dram: float) -> float:
     """Operations over the peak of the instructions that do them, or for few rows the bytes over the bandwidth."""
-    tier = entry.isa if entry.isa in machine.TIERS else machine.TIERS[-1]
     wide = "bf16" if entry.name != ours.NAME and entry.dtype == "bf16" else "fp32"
-    peak = limits.peak("int8" if entry.kind == "int8" else wide, tier) or limits.peak("fp32", tier)
+    peak = limits.peak("int8" if entry.kind == "int8" else wide, entry.isa) or limits.peak("fp32", entry.isa)
     work = 2.0 * p.m * p.layer.n * p.layer.k / peak / 1e3
     return max(work, made.nbytes / dram / 1e3 * (p.m <= COLD_ROWS))
 
 
 def block(plan: Plan, session: Session, p: Problem, kind: str, say: Say) -> None:
     """Checks, then times the backends of one size and kind."""
-    found: list[tuple[Entry, Made, float]] = []
-    result = session.result
-    for entry in entries(plan):
-        if entry.kind != kind:
-            continue
-        if entry.isa != "native":
-            effk.isa.use(entry.isa)
-        made = try_build(partial(entry.function, p), f"{entry} ({p.layer})", result, say)
-        if made is None:
-            continue
-        match = made.match(made.call(0))
-        if not match <= 1:
-            say(f"wrong: {entry} {p.layer} M={p.m}: error is {match:.3g} of its bound")
-        found.append((entry, made, match))
-    say(f"{p.layer} M={p.m} {kind}: {len(found)} backends")
-    timed = session.block({str(i): in_turn(made.call, 1, entry.isa) for i, (entry, made, _) in enumerate(found)})
-    for i, (entry, made, match) in enumerate(found):
-        timing = summary(timed.samples[str(i)])
-        share = least_us(entry, made, p, result.machine, timed.dram) / timing.us
+
+    def rows(entry: Entry, made: Made, match: float, timing: Timing, dram: float) -> list[Row]:
         shape = {"M": p.m, "N": p.layer.n, "K": p.layer.k, "bits": BITS[entry.dtype], "sparsity": entry.sparsity}
-        result.rows.append(
-            Row(
-                OP,
-                ", ".join(filter(None, (kind, entry.settings))),
-                shape,
-                entry.dtype,
-                entry.isa,
-                plan.threads,
-                entry.name,
-                entry.version,
-                timing.us,
-                timing.iqr,
-                made.nbytes / timing.us / 1e3,
-                2.0 * p.m * p.layer.n * p.layer.k / timing.us / 1e3,
-                share,
-                None,
-                match,
-                best_us=timing.best,
-            )  # fmt: skip
-        )
-        if share > PLAUSIBLE:
-            say(f"implausible: {entry} {p.layer}: {share:.2f} of the bound")
+        least = least_us(entry, made, p, session.result.machine, dram)
+        cost, case = Cost(made.nbytes, 2.0 * p.m * p.layer.n * p.layer.k, least), table.joined(kind, entry.settings)
+        return [table.row(OP, case, shape, entry.dtype, entry, plan.threads, timing, cost, match)]
+
+    table.block(
+        session,
+        (entry for entry in entries(plan) if entry.kind == kind),
+        f"{p.layer} M={p.m} {kind}",
+        lambda entry: entry.function(p),
+        lambda entry, made: made.match(made.call(0)),
+        rows,
+        say,
+    )
 
 
 def run(plan: Plan, say: Say) -> Result:
     """Runs the plan; `say` gets one line per block and anything worth knowing."""
-    session = Session(plan.threads, plan.wait_s, plan.turns)
-    before = effk.isa.active()
-    try:
+    with table.running(plan) as session:
         for layer in plan.layers:
             for m in plan.rows:
                 problem = Problem(layer, m)
                 for kind in plan.kinds:
                     block(plan, session, problem, kind, say)
                     gc.collect()
-    finally:
-        effk.isa.use(before)
-    set_vs_best(session.result.rows)
     return session.result

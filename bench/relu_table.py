@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import gc
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-import effk
-
-from . import relu_ffn
+from . import relu_ffn, table
 from .baselines import torch_relu_ffn as theirs
-from .baselines.torch_dense import AVOIDS, avoids_avx512
-from .measure import PLAUSIBLE, QUIET_WAIT_S, Result, Say, Session, in_turn, try_build
+from .measure import Result, Say, Session
 from .relu_problem import (
     BATCH,
     BATCH_TOKENS,
@@ -31,8 +26,9 @@ from .relu_problem import (
     Problem,
     Weights,
 )
-from .report import Row, set_vs_best
-from .timing import summary
+from .report import Row
+from .table import Cost
+from .timing import Timing
 
 OP = "relu_ffn"
 TOKENS = {BATCH: BATCH_TOKENS, PROMPT: PROMPT_TOKENS}  # 1 elsewhere
@@ -40,17 +36,12 @@ BYTES = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.625}  # a weight, with
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(table.Plan):
     """What to run."""
 
     layers: tuple[Layer, ...] = LAYERS
-    threads: int = 1
-    tiers: tuple[str, ...] = ()  # of ours; the first is the headline
     kinds: tuple[str, ...] = KINDS
     densities: tuple[float, ...] = DENSITIES
-    wait_s: float = QUIET_WAIT_S
-    turns: int = 5
-    baselines: bool = True
 
 
 @dataclass(frozen=True)
@@ -100,46 +91,37 @@ def nbytes(layer: Layer, kind: str, rows: str, share: float) -> float:
 
 def block(plan: Plan, session: Session, weights: Weights, kind: str, density: float, say: Say) -> None:
     """Checks, then times the backends of one size, kind and density."""
-    what, layer, result = kind.partition(" ")[0], weights.layer, session.result
+    what, layer = kind.partition(" ")[0], weights.layer
     problem = Problem(weights, TOKENS.get(what, 1), density)
-    found: list[tuple[Entry, Made, float]] = []
-    for entry in entries(plan, kind):
-        if entry.isa != "native":
-            effk.isa.use(entry.isa)
-        made = try_build(partial(entry.function, problem, kind), f"{entry} ({layer} {kind})", result, say)
-        if made is None:
-            continue
-        match = made.match(made.call(0))
-        if not match <= 1:
-            say(f"wrong: {entry} {layer} {kind}: error is {match:.3g} of its bound")
-        found.append((entry, made, match))
-    say(f"{layer} {kind}, density {density}: {len(found)} backends")
-    timed = session.block({str(i): in_turn(made.call, 1, entry.isa) for i, (entry, made, _) in enumerate(found)})
-    for i, (entry, _, match) in enumerate(found):
-        timing = summary(timed.samples[str(i)])
+
+    def rows(entry: Entry, made: Made, match: float, timing: Timing, dram: float) -> list[Row]:
         share = density if entry.reads is None else entry.reads
-        read = nbytes(layer, kind, entry.rows, share)
-        least = read / timed.dram / 1e3
+        read, work = (
+            nbytes(layer, kind, entry.rows, share),
+            2.0 * problem.tokens * nbytes(layer, kind, "fp32", share) / 4,
+        )
+        least_us = read / dram / 1e3
         if what == PROMPT:
-            peak = result.machine.peak("bf16" if entry.rows == "bf16" else "fp32", "avx512vnni")
-            least = max(least, 2.0 * problem.tokens * nbytes(layer, kind, "fp32", share) / 4 / peak / 1e3)
+            peak = session.result.machine.peak("bf16" if entry.rows == "bf16" else "fp32", "avx512vnni")
+            least_us = max(least_us, work / peak / 1e3)
         shape = {"M": problem.tokens, "d": layer.d, "f": layer.f, "density": density, "gated": int(layer.gated)}
-        work = 2.0 * problem.tokens * nbytes(layer, kind, "fp32", share) / 4
-        row = Row(
-            OP, kind, shape, entry.rows, entry.isa, plan.threads, entry.name, entry.version, timing.us, timing.iqr,
-            read / timing.us / 1e3, work / timing.us / 1e3, least / timing.us, None,
-            match if math.isfinite(match) else None, best_us=timing.best,
-        )  # fmt: skip
-        result.rows.append(row)
-        if row.roofline > PLAUSIBLE:
-            say(f"implausible: {entry} {layer} {kind}: {row.roofline:.2f} of the bound")
+        cost = Cost(read, work, least_us)
+        return [table.row(OP, kind, shape, entry.rows, entry, plan.threads, timing, cost, match)]
+
+    table.block(
+        session,
+        entries(plan, kind),
+        f"{layer} {kind}, density {density}",
+        lambda entry: entry.function(problem, kind),
+        lambda entry, made: made.match(made.call(0)),
+        rows,
+        say,
+    )
 
 
 def run(plan: Plan, say: Say) -> Result:
     """Runs the plan; `say` gets one line per block and anything worth knowing."""
-    session = Session(plan.threads, plan.wait_s, plan.turns)
-    before = effk.isa.active()
-    try:
+    with table.running(plan, theirs.FP32) as session:
         for layer in plan.layers:
             for kind in plan.kinds:
                 what, _, rows = kind.partition(" ")
@@ -148,9 +130,4 @@ def run(plan: Plan, say: Say) -> Result:
                     block(plan, session, weights, kind, density, say)
                 del weights
                 gc.collect()
-    finally:
-        effk.isa.use(before)
-    if avoids_avx512():
-        session.result.notes.append(f"{theirs.FP32}: {AVOIDS}")
-    set_vs_best(session.result.rows)
     return session.result

@@ -13,7 +13,7 @@ from bench.report import Row
 from bench.verdict import Verdict
 
 SMALL = Layer(48, 256)
-PLAN = bitmask_table.Plan((SMALL,), 1, (effk.isa.supported()[-1],), (1, 20), wait_s=0.1, turns=1)
+PLAN = bitmask_table.Plan(layers=(SMALL,), tiers=(effk.isa.supported()[-1],), rows=(1, 20), wait_s=0.1, turns=1)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from bench.report import Row
 from bench.verdict import Verdict
 
 SMALL, PLAIN = Layer(128, 96, True), Layer(64, 160, False)
-PLAN = relu_table.Plan((SMALL,), 1, (effk.isa.supported()[-1],), KINDS, (0.1, 0.5), 0.1, 1)
+PLAN = relu_table.Plan(layers=(SMALL,), tiers=(effk.isa.supported()[-1],), densities=(0.1, 0.5), wait_s=0.1, turns=1)
 
 
 @pytest.fixture

@@ -598,6 +598,7 @@ BITMASK_MUTANTS = (
         "if (p.rows == kRows) return store_eight",
         "if (p.rows >= kRows - 1) return store_eight",
     ),
+    bitmask("a token's scale for all", "body.h", "set_f(t.sx[n])), y, n);", "set_f(t.sx[0])), y, n);"),
 )
 
 grouped = planter("wq_grouped_linear", GROUPED)
