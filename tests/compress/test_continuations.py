@@ -52,7 +52,9 @@ def test_counting() -> None:
         forced += (choices == whole[len(prompt) :]).tolist()
     assert (found.prompts, found.tokens, found.divergence) == (4, 6, tuple(first))
     assert found.agreement == pytest.approx(sum(same) / len(same)) and found.agreement < 1
-    assert found.forced_agreement == pytest.approx(sum(forced) / len(forced)) and found.forced_agreement != found.agreement
+    assert (
+        found.forced_agreement == pytest.approx(sum(forced) / len(forced)) and found.forced_agreement != found.agreement
+    )
     assert found.loss_after != pytest.approx(found.loss_before, rel=1e-6)
 
 
