@@ -3,6 +3,7 @@
 // that compute-sanitizer watches.
 //   driver [bits]     bits 2, 3, 4 or 8: only the cases of that width
 #include "buffers.h"
+#include "cases.h"
 
 #include <cmath>
 #include <cstdio>
@@ -184,21 +185,10 @@ std::vector<Case> cases() {
 int main(int argc, char** argv) {
   const int only = argc > 1 ? std::atoi(argv[1]) : 0;
   std::mt19937 random(1);
-  int failures = 0, ran = 0;
+  effk::test::Cases done;
   for (const Case& c : cases()) {
     if (only && c.bits != only) continue;
-    double ratio = INFINITY;
-    std::string error;
-    try {
-      ratio = worst(c, random);
-    } catch (const std::exception& e) {
-      error = e.what();
-    }
-    ++ran;
-    if (ratio <= 1.0) continue;
-    ++failures;
-    std::printf("FAILED %s: error over bound %.3g %s\n", describe(c).c_str(), ratio, error.c_str());
+    done.run(describe(c), [&] { return worst(c, random); });
   }
-  std::printf("%d cases, %d failed\n", ran, failures);
-  return failures != 0 || ran == 0;
+  return done.finish();
 }

@@ -2,6 +2,7 @@
 // every thread order and must fail for every planted bug of mutants.py; on a GPU, the one that compute-sanitizer watches.
 //   driver_bitmask [quick]     quick: the cases of the planted bugs
 #include "buffers.h"
+#include "cases.h"
 
 #include <cmath>
 #include <cstdio>
@@ -161,20 +162,9 @@ std::vector<Case> cases(bool quick) {
 int main(int argc, char** argv) {
   const bool quick = argc > 1 && !std::strcmp(argv[1], "quick");
   std::mt19937 random(1);
-  int failures = 0, ran = 0;
+  effk::test::Cases done;
   for (const Case& c : cases(quick)) {
-    double ratio = INFINITY;
-    std::string error;
-    try {
-      ratio = worst(c, random);
-    } catch (const std::exception& e) {
-      error = e.what();
-    }
-    ++ran;
-    if (ratio <= 1.0) continue;
-    ++failures;
-    std::printf("FAILED %s: error over bound %.3g %s\n", describe(c).c_str(), ratio, error.c_str());
+    done.run(describe(c), [&] { return worst(c, random); });
   }
-  std::printf("%d cases, %d failed\n", ran, failures);
-  return failures != 0 || ran == 0;
+  return done.finish();
 }

@@ -4,6 +4,7 @@
 //   driver_dyad [quick | large]     quick: the cases of the planted bugs; large: also the largest tile with several of
 //                                   each side
 #include "buffers.h"
+#include "cases.h"
 
 #include <cmath>
 #include <cstdio>
@@ -289,22 +290,8 @@ std::vector<Case> dense_cases() {
 int main(int argc, char** argv) {
   const std::string which = argc > 1 ? argv[1] : "";
   std::mt19937 random(1);
-  int failures = 0, ran = 0;
-  const auto run = [&](const Case& c, double (*check)(const Case&, std::mt19937&), const char* what) {
-    double ratio = INFINITY;
-    std::string error;
-    try {
-      ratio = check(c, random);
-    } catch (const std::exception& e) {
-      error = e.what();
-    }
-    ++ran;
-    if (ratio <= 1.0) return;
-    ++failures;
-    std::printf("FAILED %s %s: error over bound %.3g %s\n", what, describe(c).c_str(), ratio, error.c_str());
-  };
-  for (const Case& c : cases(which)) run(c, worst, "dyad");
-  for (const Case& c : dense_cases()) run(c, worst_dense, "dense");
-  std::printf("%d cases, %d failed\n", ran, failures);
-  return failures != 0 || ran == 0;
+  effk::test::Cases done;
+  for (const Case& c : cases(which)) done.run("dyad " + describe(c), [&] { return worst(c, random); });
+  for (const Case& c : dense_cases()) done.run("dense " + describe(c), [&] { return worst_dense(c, random); });
+  return done.finish();
 }

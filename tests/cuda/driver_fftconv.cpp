@@ -2,6 +2,7 @@
 // thread order and must fail for every planted bug of mutants.py; on a GPU, the one that compute-sanitizer watches.
 //   driver_fftconv [quick]     quick: no transforms above 4096 points
 #include "buffers.h"
+#include "cases.h"
 
 #include <cmath>
 #include <cstdio>
@@ -189,20 +190,9 @@ std::vector<Case> cases(bool quick) {
 int main(int argc, char** argv) {
   const bool quick = argc > 1 && std::string(argv[1]) == "quick";
   std::mt19937 random(1);
-  int failures = 0, ran = 0;
+  effk::test::Cases done;
   for (const Case& c : cases(quick)) {
-    double ratio = INFINITY;
-    std::string error;
-    try {
-      ratio = c.type == DType::f32 ? worst<float>(c, random) : worst<uint16_t>(c, random);
-    } catch (const std::exception& e) {
-      error = e.what();
-    }
-    ++ran;
-    if (ratio <= 1.0) continue;
-    ++failures;
-    std::printf("FAILED %s: error over bound %.3g %s\n", describe(c).c_str(), ratio, error.c_str());
+    done.run(describe(c), [&] { return c.type == DType::f32 ? worst<float>(c, random) : worst<uint16_t>(c, random); });
   }
-  std::printf("%d cases, %d failed\n", ran, failures);
-  return failures != 0 || ran == 0;
+  return done.finish();
 }

@@ -3,6 +3,7 @@
 // watches.
 //   driver_quik [quick]     quick: the cases of the planted bugs
 #include "buffers.h"
+#include "cases.h"
 
 #include <cmath>
 #include <cstdio>
@@ -348,28 +349,13 @@ bool extremes() {
 int main(int argc, char** argv) {
   const bool quick = argc > 1 && !std::strcmp(argv[1], "quick");
   std::mt19937 random(1);
-  int failures = 0, ran = 0;
+  effk::test::Cases done;
   bool int4 = false;
   launched(quik::has_int4(int4));
   for (const Case& c : cases(quick)) {
     if (c.int4 && !int4) continue;
-    double ratio = INFINITY;
-    std::string error;
-    try {
-      ratio = worst(c, random);
-    } catch (const std::exception& e) {
-      error = e.what();
-    }
-    ++ran;
-    if (ratio <= 1.0) continue;
-    ++failures;
-    std::printf("FAILED %s: error over bound %.3g %s\n", describe(c).c_str(), ratio, error.c_str());
+    done.run(describe(c), [&] { return worst(c, random); });
   }
-  try {
-    if (int4 && !extremes()) ++failures, std::printf("FAILED the largest products\n");
-  } catch (const std::exception& e) {
-    ++failures, std::printf("FAILED the largest products: %s\n", e.what());
-  }
-  std::printf("%d cases, %d failed\n", ran, failures);
-  return failures != 0 || ran == 0;
+  if (int4) done.run("the largest products", [] { return extremes() ? 0.0 : INFINITY; });
+  return done.finish();
 }

@@ -78,11 +78,7 @@ Tensor validate(const Tensor& values, const Tensor& masks, const Tensor& ptr, in
 }  // namespace
 }  // namespace effk::binding
 
-#ifdef EFFK_CUEMU
-STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
-#endif
+EFFK_CUDA_LIBRARY(m) {
   using namespace effk::binding;
 #ifndef EFFK_CUEMU
   m.impl("bitmask_pack", TORCH_BOX(&pack));

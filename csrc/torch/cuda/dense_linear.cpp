@@ -49,11 +49,7 @@ Tensor unpack(const Tensor& packed, int64_t f_out, int64_t f_in) {
 }  // namespace
 }  // namespace effk::binding
 
-#ifdef EFFK_CUEMU
-STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
-#endif
+EFFK_CUDA_LIBRARY(m) {
   using namespace effk::binding;
   m.impl("dense_pack", TORCH_BOX(&pack));
   m.impl("dense_linear", TORCH_BOX(&linear));

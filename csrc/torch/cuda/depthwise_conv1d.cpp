@@ -139,11 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& gy, const Tensor& x, c
 }  // namespace
 }  // namespace effk::binding
 
-#ifdef EFFK_CUEMU
-STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
-#endif
+EFFK_CUDA_LIBRARY(m) {
   using namespace effk::binding;
   m.impl("depthwise_conv1d", TORCH_BOX(&forward));
   m.impl("depthwise_conv1d_backward", TORCH_BOX(&backward));

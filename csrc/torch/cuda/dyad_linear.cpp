@@ -211,11 +211,7 @@ Tensor wq_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, co
 }  // namespace
 }  // namespace effk::binding
 
-#ifdef EFFK_CUEMU
-STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
-#endif
+EFFK_CUDA_LIBRARY(m) {
   using namespace effk::binding;
   m.impl("dyad_linear", TORCH_BOX(&linear));
   m.impl("dyad_linear_backward", TORCH_BOX(&backward));

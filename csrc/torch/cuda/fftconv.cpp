@@ -173,11 +173,7 @@ Tensor decode_step(const Tensor& x_t, const Tensor&, const Tensor&, const Tensor
 }  // namespace
 }  // namespace effk::binding
 
-#ifdef EFFK_CUEMU
-STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
-#endif
+EFFK_CUDA_LIBRARY(m) {
   using namespace effk::binding;
   m.impl("fftconv_prepare", TORCH_BOX(&prepare));
   m.impl("fftconv", TORCH_BOX(&forward));

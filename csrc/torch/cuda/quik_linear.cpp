@@ -274,11 +274,7 @@ std::vector<Tensor> multi_linear(const Tensor& x, std::vector<Tensor> packed, st
 }  // namespace
 }  // namespace effk::binding
 
-#ifdef EFFK_CUEMU
-STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
-#endif
+EFFK_CUDA_LIBRARY(m) {
   using namespace effk::binding;
   m.impl("quik_quantize", TORCH_BOX(&quantize));
   m.impl("quik_int_matmul", TORCH_BOX(&int_matmul));

@@ -92,11 +92,7 @@ Tensor unpack(const Tensor& packed, const OptionalTensor& scales, const std::str
 }  // namespace
 }  // namespace effk::binding
 
-#ifdef EFFK_CUEMU
-STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
-#endif
+EFFK_CUDA_LIBRARY(m) {
   using namespace effk::binding;
 #ifndef EFFK_CUEMU
   m.impl("relu_ffn_pack", TORCH_BOX(&pack));

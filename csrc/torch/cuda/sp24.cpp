@@ -56,10 +56,8 @@ std::tuple<Tensor, Tensor> compress(const Tensor& w, const std::string& pattern)
 }  // namespace
 }  // namespace effk::binding
 
-#ifdef EFFK_CUEMU
-STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
+EFFK_CUDA_LIBRARY(m) {
+#ifndef EFFK_CUEMU
   m.impl("sp24_compress", TORCH_BOX(&effk::binding::compress));
 #endif
   using namespace effk::binding;

@@ -1,11 +1,19 @@
 // The device of a call: its guard and its current stream. With EFFK_CUEMU the "device" is the CPU.
 #pragma once
 #include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
 
 #include <string>
 
 #include "torch/check.h"
 #include "torch/tensor.h"
+
+// Where an op's kernels are registered.
+#ifdef EFFK_CUEMU
+#define EFFK_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m)
+#else
+#define EFFK_CUDA_LIBRARY(m) STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m)
+#endif
 
 namespace effk::binding {
 

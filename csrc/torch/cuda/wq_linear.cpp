@@ -116,10 +116,8 @@ std::tuple<Tensor, Tensor, Tensor> unpack(const Tensor& packed, const Tensor& sc
 }  // namespace
 }  // namespace effk::binding
 
-#ifdef EFFK_CUEMU
-STABLE_TORCH_LIBRARY_IMPL(effk_emu, CPU, m) {
-#else
-STABLE_TORCH_LIBRARY_IMPL(effk, CUDA, m) {
+EFFK_CUDA_LIBRARY(m) {
+#ifndef EFFK_CUEMU
   m.impl("wq_pack", TORCH_BOX(&effk::binding::pack));
   m.impl("wq_unpack", TORCH_BOX(&effk::binding::unpack));
 #endif
