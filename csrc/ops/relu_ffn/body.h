@@ -21,11 +21,12 @@ template <Rows R> constexpr int kChunks = int(neuron::unit_columns(R) / neuron::
 constexpr bool kWide = kLanes == 16;       // registers for the sums of four rows
 constexpr int kPicked = 4;                 // rows together where they lie here and there: as many streams from memory
 constexpr int64_t kAheadLines = 32;        // of such rows, in lines: 16 and 64 lose 10 to 20 %, except in fp32
-constexpr int64_t kKick = 2;               // fp32: these lines of each next row start the hardware's own fetching, 10 % faster than all
+constexpr int64_t kKick = 2;               // fp32: these lines of each next row start the hardware's own fetching, 15 % faster than all
 // Rows in order, one at a time: how far ahead, in whole rows and at least one. Tuned on 4096 columns, whose x takes a third of the
 // first-level cache: 8 KiB are best in bf16 (16 and more lose 8 %), 12 to 20 in int8 (4 lose 4 %).
 constexpr int64_t kAheadBytes = 12 << 10;
 constexpr int kFewTokens = 4;            // up to so many; beyond, the loops of many.h
+constexpr int64_t kShortRow = 1 << 10;     // bytes
 constexpr int kByGroups = 256;             // factors of groups that add_rows makes at a time, a row and token: 1 KiB
 
 template <Rows R> EFFK_INLINE vf chunk(const uint8_t* row, int64_t j) {  // vector j of a row
@@ -55,6 +56,13 @@ EFFK_INLINE const uint8_t* row_at(const List& l, int64_t i) { return l.rows + ne
 namespace effk::EFFK_TIER {
 namespace {
 
+// Whether rows in order go together like picked ones: short ones, whose sums would wait for each other.
+EFFK_INLINE bool together(const List& l) { return l.index || l.row_bytes <= kShortRow; }
+// How far ahead, in rows: of rows together, one set, or more where sets are small; of one.
+template <int N> EFFK_INLINE int64_t sets_ahead(const List& l) {
+  const int64_t sets = l.units < kAheadLines ? kAheadLines / l.units : 1;
+  return N * sets;
+}
 EFFK_INLINE int64_t rows_ahead(const List& l) { return l.index || kAheadBytes < l.row_bytes ? 1 : kAheadBytes / l.row_bytes; }
 
 // N rows from i on, and what is fetched meanwhile: a row at a time, the one `ahead`, past the second-level cache (3 % faster in order);
@@ -62,9 +70,9 @@ EFFK_INLINE int64_t rows_ahead(const List& l) { return l.index || kAheadBytes < 
 template <Rows R, int N> struct Reading {
   const uint8_t *row[N], *next[N];
   const float* scale[N];
-  int64_t units, distance;
-  EFFK_INLINE Reading(const List& l, int64_t i, int64_t ahead) {
-    units = l.units, distance = N == 1 || units < kAheadLines ? units : kAheadLines;
+  int64_t first, end, distance;
+  EFFK_INLINE Reading(const List& l, int64_t i, int64_t ahead, int64_t u0, int64_t u1) {
+    first = u0, end = u1, distance = N == 1 || u1 - u0 < kAheadLines ? u1 - u0 : kAheadLines;
     for (int r = 0; r < N; ++r) {
       const int64_t then = neuron_of(l, i + r + ahead < l.count ? i + r + ahead : l.count - 1);
       row[r] = row_at(l, i + r);
@@ -76,12 +84,12 @@ template <Rows R, int N> struct Reading {
   }
   EFFK_INLINE void fetch(int64_t u) const {
     if constexpr (R == Rows::f32 && N > 1) {
-      if (u < kKick)
+      if (u - first < kKick)
         for (int r = 0; r < N; ++r) prefetch(next[r] + u * 64);
     } else {
       const int64_t v = u + distance;
       for (int r = 0; r < N; ++r) {
-        const uint8_t* line = v < units ? row[r] + v * 64 : next[r] + (v - units) * 64;
+        const uint8_t* line = v < end ? row[r] + v * 64 : next[r] + (first + v - end) * 64;
         if constexpr (N == 1) prefetch_once(line);
         else prefetch(line);
       }
@@ -94,7 +102,7 @@ template <Rows R, int N> struct Reading {
 template <Rows R, int GC, int B, int N>
 EFFK_INLINE void dot_rows(const List& l, int64_t i, int64_t ahead, const float* x, int64_t x_row, float* out, int64_t out_row) {
   constexpr int K = kChunks<R>, C = GC ? 2 : 4, G = GC == 0 ? 1 : GC < K ? GC : K;  // G: vectors of a group inside a unit
-  const Reading<R, N> at(l, i, ahead);
+  const Reading<R, N> at(l, i, ahead, 0, l.units);
   vf acc[N][C][B];
   for (int r = 0; r < N; ++r)
     for (int c = 0; c < C; ++c)
@@ -157,8 +165,8 @@ EFFK_INLINE void dot_rows(const List& l, int64_t i, int64_t ahead, const float* 
 template <Rows R, int GC, int B> void dot_tokens(const List& l, const float* x, int64_t x_row, float* out, int64_t out_row) {
   constexpr int N = !kWide || B == 4 ? 1 : B == 2 ? 2 : kPicked;
   int64_t i = 0;
-  if (N > 1 && l.index)
-    for (; i + N <= l.count; i += N) dot_rows<R, GC, B, N>(l, i, N, x, x_row, out, out_row);
+  if (N > 1 && together(l))
+    for (; i + N <= l.count; i += N) dot_rows<R, GC, B, N>(l, i, sets_ahead<N>(l), x, x_row, out, out_row);
   for (; i < l.count; ++i) dot_rows<R, GC, B, 1>(l, i, rows_ahead(l), x, x_row, out, out_row);
 }
 template <Rows R, int GC> void dot_grouped(const List& l, const float* x, int64_t x_row, int tokens, float* out, int64_t out_row) {
@@ -196,7 +204,7 @@ EFFK_INLINE void add_vectors(const Reading<R, N>& at, const vi* raw, int64_t j, 
 template <Rows R, int GC, int N, int B>
 EFFK_INLINE void add_block(const List& l, int64_t i, int64_t ahead, const float* h, int64_t h_row, int64_t u0, int64_t u1, float* y, int64_t y_row) {
   constexpr int K = kChunks<R>, T = B == 4 || R == Rows::i4 ? 2 : 4;
-  const Reading<R, N> at(l, i, ahead);
+  const Reading<R, N> at(l, i, ahead, u0, u1);
   float by[N * B * kByGroups];
   constexpr int64_t kSegment = GC ? kByGroups * GC / K : int64_t(1) << 62;  // units
   static_assert(GC == 0 || kByGroups * GC % K == 0);
@@ -246,8 +254,8 @@ template <Rows R, int GC, int B>
 void add_tokens(const List& l, const float* h, int64_t h_row, int64_t u0, int64_t u1, float* y, int64_t y_row) {
   constexpr int N = !kWide && B == 4 ? 1 : kPicked;
   int64_t i = 0;
-  if (N > 1 && (l.index || R == Rows::i4 || B > 1))
-    for (; i + N <= l.count; i += N) add_block<R, GC, N, B>(l, i, N, h, h_row, u0, u1, y, y_row);
+  if (N > 1 && (together(l) || R == Rows::i4 || B > 1))
+    for (; i + N <= l.count; i += N) add_block<R, GC, N, B>(l, i, sets_ahead<N>(l), h, h_row, u0, u1, y, y_row);
   for (; i < l.count; ++i) add_block<R, GC, 1, B>(l, i, rows_ahead(l), h, h_row, u0, u1, y, y_row);
 }
 template <Rows R, int GC>

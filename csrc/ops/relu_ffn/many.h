@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kManyRows = kWide ? 6 : 2, kManyTokens = kWide ? 4 : 2;  // of a register block; sums of 24, or 4 x 2, registers
 constexpr int kSlab = 64;       // vectors of a row that are widened at a time, 6 rows: 24 KiB, half a first-level cache
+constexpr int kSlabRow = kSlab + 1;  // vectors from one row to the next: 4 KiB apart they would share a twelfth of the cache
 constexpr int kSlabAdd = 24;    // the same where rows are added up; whole units of each type
 constexpr int kRowsAdd = 32;    // with so many rows: 48 KiB
 using relu_ffn::kMostTokens;
@@ -41,17 +42,17 @@ template <Rows R, int GC> struct Along {
 
 // One chain of a block: sums of kManyRows rows, widened, times kManyTokens tokens, goes on from and to sums[token][row][4 chains][16].
 template <int P, int C> EFFK_INLINE void chain_of_block(const float* w, const float* const* x, int64_t vectors, int chain, const float* const* scale, int gc,
-                                                        int64_t j0, int64_t last_group, float* sums) {
+                                                        int64_t j0, int64_t last_group, float* sums) {  // j0: where the vectors begin in the row
   constexpr int N = kManyRows, B = kManyTokens;
   vf acc[N][B];
   const auto place = [&](int r, int b) { return sums + ((b * N + r) * 4 + chain) * 16; };
-  unrolled<0, N>([&](auto r) { unrolled<0, B>([&](auto b) { acc[r][b] = load_f32(place(r, b)); }); });
+  unrolled<0, N>([&](auto r) { unrolled<0, B>([&](auto b) { acc[r][b] = j0 == 0 ? zero_f() : load_f32(place(r, b)); }); });
   for (int64_t j = chain * P; j < vectors; j += C * P) {
     if (gc == 0) {
       vf xs[B];
       unrolled<0, B>([&](auto b) { xs[b] = load_f32(x[b] + j * 16); });
       unrolled<0, N>([&](auto r) {
-        const vf v = load_f32(w + (r * kSlab + j) * 16);
+        const vf v = load_f32(w + (r * kSlabRow + j) * 16);
         unrolled<0, B>([&](auto b) { acc[r][b] = mac(v, xs[b], acc[r][b]); });
       });
     } else {
@@ -59,7 +60,7 @@ template <int P, int C> EFFK_INLINE void chain_of_block(const float* w, const fl
       unrolled<0, N>([&](auto r) {
         vf part[B];
         unrolled<0, P>([&](auto s) {
-          const vf v = load_f32(w + (r * kSlab + j + s) * 16);
+          const vf v = load_f32(w + (r * kSlabRow + j + s) * 16);
           unrolled<0, B>([&](auto b) {
             const vf xs = load_f32(x[b] + (j + s) * 16);
             part[b] = decltype(s)::value == 0 ? mul_f(v, xs) : mac(v, xs, part[b]);
@@ -78,7 +79,7 @@ template <Rows R, int GC> void dot_many(const List& l, const float* x, int64_t x
   using A = Along<R, GC>;
   constexpr int N = kManyRows, B = kManyTokens;
   constexpr int kBlocks = (kMostTokens + B - 1) / B, kSums = N * B * 4 * 16;
-  alignas(64) float w[N * kSlab * 16], sums[kBlocks * kSums];
+  alignas(64) float w[N * kSlabRow * 16], sums[kBlocks * kSums], totals[kMostTokens * N + 16];
   const int64_t vectors = l.units * kChunks<R>;
   const int blocks = (tokens + B - 1) / B;
   for (int64_t i = 0; i < l.count; i += N) {
@@ -89,11 +90,10 @@ template <Rows R, int GC> void dot_many(const List& l, const float* x, int64_t x
       row[r] = row_at(l, here), next[r] = row_at(l, then);
       scale[r] = l.scales ? l.scales + neuron_of(l, here) * l.groups : nullptr;
     }
-    for (int64_t k = 0; k < blocks * kSums; k += 16) store_f32(sums + k, zero_f());
     for (int64_t j0 = 0; j0 < vectors; j0 += kSlab) {
       const int64_t count = vectors - j0 < kSlab ? vectors - j0 : kSlab;
       for (int r = 0; r < N; ++r) {
-        widen<R>(row[r], j0, count, w + r * kSlab * 16);
+        widen<R>(row[r], j0, count, w + r * kSlabRow * 16);
         fetch_part<R>(next[r], j0, count);
       }
       for (int t = 0; t < blocks; ++t) {
@@ -103,12 +103,15 @@ template <Rows R, int GC> void dot_many(const List& l, const float* x, int64_t x
           chain_of_block<A::kPiece, A::kChains>(w, xs, count, chain, scale, GC, j0, l.groups - 1, sums + t * kSums);
       }
     }
+    for (int k = 0; k < tokens * N; k += 16)
+      store_f32(totals + k, reduce_rows([&](int n) __attribute__((always_inline)) {
+                  const float* at = sums + (k + n < tokens * N ? k + n : 0) * 64;
+                  const vf sum = add_f(load_f32(at), A::kChains == 1 ? zero_f() : load_f32(at + 16));
+                  return GC == 0 ? add_f(sum, add_f(load_f32(at + 32), load_f32(at + 48))) : sum;
+                }));
     for (int b = 0; b < tokens; ++b)
       for (int r = 0; r < N && i + r < l.count; ++r) {
-        const float* at = sums + (b / B * B * N + (b % B * N + r)) * 64;
-        vf sum = add_f(load_f32(at), load_f32(at + 16));
-        if constexpr (GC == 0) sum = add_f(sum, add_f(load_f32(at + 32), load_f32(at + 48)));
-        const float total = reduce_add_f(sum);
+        const float total = totals[b * N + r];
         out[b * out_row + i + r] = GC == 0 && scale[r] ? total * scale[r][0] : total;
       }
   }
