@@ -41,29 +41,30 @@ _PLAIN = _IDS | {
 }  # fmt: skip
 
 
-def small_model(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+def small_model(name: str, dtype: torch.dtype = torch.float32, width: int = 72) -> nn.Module:
     """A three-block model: "llama" (tied head), "qwen2" (biases, sliding windows), "mistral", "opt", "gpt2", "gpt_neox";
-    or the encoder "bert"."""
+    or the encoder "bert". It has six heads; the runtime's decoder takes those of 16, which a width of 96 gives."""
     torch.manual_seed(0)
+    size = {"hidden_size": width}
     model: nn.Module = {
-        "llama": lambda: LlamaForCausalLM(LlamaConfig(**_LLAMA, tie_word_embeddings=True)),
+        "llama": lambda: LlamaForCausalLM(LlamaConfig(**_LLAMA | size, tie_word_embeddings=True)),
         "qwen2": lambda: Qwen2ForCausalLM(
             Qwen2Config(
-                **_LLAMA, tie_word_embeddings=False, use_sliding_window=True, sliding_window=4, max_window_layers=1
+                **_LLAMA | size, tie_word_embeddings=False, use_sliding_window=True, sliding_window=4, max_window_layers=1
             )
         ),
-        "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA, sliding_window=4)),
+        "mistral": lambda: MistralForCausalLM(MistralConfig(**_LLAMA | size, sliding_window=4)),
         "opt": lambda: OPTForCausalLM(
             OPTConfig(
-                **_IDS, vocab_size=VOCABULARY, hidden_size=72, ffn_dim=104, num_hidden_layers=3, num_attention_heads=6,
-                word_embed_proj_dim=72, max_position_embeddings=64,
+                **_IDS, vocab_size=VOCABULARY, hidden_size=width, ffn_dim=104, num_hidden_layers=3, num_attention_heads=6,
+                word_embed_proj_dim=width, max_position_embeddings=64,
             )
         ),
         "gpt2": lambda: GPT2LMHeadModel(
-            GPT2Config(**_IDS, vocab_size=VOCABULARY, n_embd=72, n_layer=3, n_head=6, n_positions=64)
+            GPT2Config(**_IDS, vocab_size=VOCABULARY, n_embd=width, n_layer=3, n_head=6, n_positions=64)
         ),
-        "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_PLAIN)),
-        "bert": lambda: BertModel(BertConfig(**_PLAIN)),
+        "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**_PLAIN | size)),
+        "bert": lambda: BertModel(BertConfig(**_PLAIN | size)),
     }[name]()  # fmt: skip
     for parameter in model.parameters():  # transformers starts biases at zero, where a lost one would not show
         if parameter.dim() == 1:

@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effk.runtime.batch import Batch, Sequence
+from effk.runtime.decoder import Decoder
 from effk.runtime.fallback import HuggingFaceDecoder
 from effk.runtime.limits import Limits
 from effk.runtime.sampling import Sampling
 from effk.runtime.speculative import NGramDrafter
 from small_models import VOCABULARY, small_model
 
-MODEL = small_model("llama")
-DECODER = HuggingFaceDecoder(MODEL)
+MODEL = small_model("llama", width=96)
+DECODER, FALLBACK = Decoder.from_model(MODEL), HuggingFaceDecoder(MODEL)
 
 
 def alone(prompt: list[int], new: int) -> list[int]:
@@ -35,10 +36,10 @@ def prompts(count: int, seed: int = 0, longest: int = 30) -> list[list[int]]:
 
 
 @settings(max_examples=12, deadline=None)
-@given(st.integers(0, 1000), st.integers(1, 5), st.integers(1, 40), st.booleans())
-def test_batched_sequences_are_those_decoded_alone(seed: int, rows: int, piece: int, draft: bool) -> None:
+@given(st.sampled_from([DECODER, FALLBACK]), st.integers(0, 1000), st.integers(1, 5), st.integers(1, 40), st.booleans())
+def test_batched_sequences_are_those_decoded_alone(decoder, seed: int, rows: int, piece: int, draft: bool) -> None:
     drafter = NGramDrafter(2, 1) if draft else None
-    batch = Batch(DECODER, rows=rows, capacity=60, piece=piece, drafter=drafter)
+    batch = Batch(decoder, cache="fp32", rows=rows, capacity=60, piece=piece, drafter=drafter)
     source = random.Random(seed)
     sequences = []
     for prompt in prompts(7, seed):
@@ -55,7 +56,7 @@ def test_batched_sequences_are_those_decoded_alone(seed: int, rows: int, piece: 
 
 def test_samples_do_not_depend_on_company() -> None:
     def run(others: int) -> list[int]:
-        batch = Batch(DECODER, rows=4, capacity=60)
+        batch = Batch(DECODER, cache="fp32", rows=4, capacity=60)
         for prompt in prompts(others, seed=3):
             batch.add(Sequence(prompt, Sampling(temperature=1.0, seed=5), Limits(max_new_tokens=9)))
         sampling = Sampling(temperature=1.5, top_k=40, top_p=0.95, seed=9)
@@ -67,7 +68,7 @@ def test_samples_do_not_depend_on_company() -> None:
 
 
 def test_a_long_prompt_does_not_hold_up_those_who_decode() -> None:
-    batch = Batch(DECODER, rows=3, capacity=60, piece=4)
+    batch = Batch(DECODER, cache="fp32", rows=3, capacity=60, piece=4)
     first = batch.add(Sequence([5], limits=Limits(max_new_tokens=30)))
     batch.step()
     long = batch.add(Sequence([9] * 32, limits=Limits(max_new_tokens=1)))
@@ -80,7 +81,7 @@ def test_a_long_prompt_does_not_hold_up_those_who_decode() -> None:
 
 
 def test_waiting_sequences_get_the_rows_in_order() -> None:
-    batch = Batch(DECODER, rows=2, capacity=20)
+    batch = Batch(DECODER, cache="fp32", rows=2, capacity=20)
     sequences = [batch.add(Sequence([3 + n], limits=Limits(max_new_tokens=1 + n % 3))) for n in range(9)]
     ended: list[int] = []
     while len(ended) < 9:
@@ -90,7 +91,7 @@ def test_waiting_sequences_get_the_rows_in_order() -> None:
 
 
 def test_cancelling_frees_the_row_at_once() -> None:
-    batch = Batch(DECODER, rows=1, capacity=60)
+    batch = Batch(DECODER, cache="fp32", rows=1, capacity=60)
     running = batch.add(Sequence([5], limits=Limits(max_new_tokens=50)))
     waiting = batch.add(Sequence([6], limits=Limits(max_new_tokens=50)))
     third = batch.add(Sequence([7], limits=Limits(max_new_tokens=4)))
@@ -108,7 +109,7 @@ def test_stop_tokens_and_least_lengths() -> None:
     expected = alone([5, 9], 20)
     stop = expected[6]
     early = expected.index(stop)
-    batch = Batch(DECODER, rows=2, capacity=60)
+    batch = Batch(DECODER, cache="fp32", rows=2, capacity=60)
     first = batch.add(Sequence([5, 9], limits=Limits(max_new_tokens=20, stop_ids=frozenset({stop}))))
     limits = Limits(max_new_tokens=20, min_new_tokens=early + 3, stop_ids=frozenset({stop}))
     second = batch.add(Sequence([5, 9], limits=limits))
@@ -135,7 +136,7 @@ class Faulty:
 
 
 def test_errors_end_the_sequence_that_causes_them_only() -> None:
-    batch = Batch(Faulty(3, 4), rows=6, capacity=60)
+    batch = Batch(Faulty(3, 4), cache="fp32", rows=6, capacity=60)
 
     def explode(token: int) -> bool:
         raise KeyError("watch")
@@ -166,7 +167,7 @@ def test_errors_end_the_sequence_that_causes_them_only() -> None:
     ],
 )
 def test_prompts_that_cannot_run_are_refused(sequence: Sequence, message: str) -> None:
-    batch = Batch(DECODER, rows=1, capacity=20)
+    batch = Batch(DECODER, cache="fp32", rows=1, capacity=20)
     with pytest.raises(ValueError, match=message):
         batch.add(sequence)
     assert not batch.waiting

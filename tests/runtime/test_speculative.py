@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from effk.runtime.batch import Batch, Sequence
+from effk.runtime.decoder import Decoder
 from effk.runtime.fallback import HuggingFaceDecoder
 from effk.runtime.limits import Limits
 from effk.runtime.sampling import Sampler, Sampling
@@ -15,7 +19,7 @@ from small_models import MODELS, VOCABULARY, small_model
 
 
 def decode(decoder, drafter, prompt: list[int], **options) -> Sequence:
-    batch = Batch(decoder, rows=1, capacity=64, drafter=drafter)
+    batch = Batch(decoder, cache="fp32", rows=1, capacity=64, drafter=drafter)
     limits = Limits(max_new_tokens=40, stop_ids=options.pop("stop_ids", frozenset()))
     sequence = batch.add(Sequence(prompt, Sampling(**options), limits))
     batch.run()
@@ -39,13 +43,19 @@ class Oracle:
         pass
 
 
+def runs(name: str) -> tuple[nn.Module, Callable]:
+    """A model, and what makes decoders of it and of its first blocks: transformers' forward for "qwen2", whose layers differ in
+    their windows."""
+    return small_model(name, width=96), HuggingFaceDecoder if name == "qwen2" else Decoder.from_model
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_tokens_are_the_same(name: str) -> None:
-    model = small_model(name)
-    decoder = HuggingFaceDecoder(model)
+    model, make = runs(name)
+    decoder = make(model)
     prompt = [5, 6, 7, 5, 6]
     plain = decode(decoder, None, prompt).tokens
-    for drafter in (NGramDrafter(3, 1), ModelDrafter(HuggingFaceDecoder(early_exit(model, 2)))):
+    for drafter in (NGramDrafter(3, 1), ModelDrafter(make(early_exit(model, 2)), "fp32")):
         assert decode(decoder, drafter, prompt).tokens == plain
     guessed = decode(decoder, Oracle(prompt + plain, {9, 10, 22}), prompt)
     assert guessed.tokens == plain
@@ -57,7 +67,7 @@ def test_greedy_tokens_are_the_same(name: str) -> None:
 
 
 def test_greedy_with_a_repetition_penalty_is_the_same() -> None:
-    decoder = HuggingFaceDecoder(small_model("llama"))
+    decoder = Decoder.from_model(small_model("llama", width=96))
     plain = decode(decoder, None, [5, 6], repetition_penalty=1.4).tokens
     guessed = decode(decoder, Oracle([5, 6, *plain], {8, 20}), [5, 6], repetition_penalty=1.4)
     assert guessed.tokens == plain
@@ -101,11 +111,11 @@ def test_prompt_lookup_proposes_what_followed_and_goes_round() -> None:
 
 
 def test_drafts_of_a_model_are_what_it_would_generate() -> None:
-    model = small_model("llama")
+    model = small_model("llama", width=96)
     shallow = early_exit(model, 1)
     assert len(shallow.model.layers) == 1 and len(model.model.layers) == 3 and model.config.num_hidden_layers == 3
     assert shallow.lm_head.weight is model.lm_head.weight
-    draft = ModelDrafter(HuggingFaceDecoder(shallow)).begin(40)
+    draft = ModelDrafter(Decoder.from_model(shallow), "fp32").begin(40)
     for ids in ([5, 6, 7], [5, 6, 7, 8, 9], [5, 6, 7, 8, 9, 10, 11, 12]):
         inputs = torch.tensor([ids])
         out = shallow.generate(inputs, max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -116,3 +126,11 @@ def test_early_exit_refuses_depths_that_are_not_there() -> None:
     for blocks in (0, 3):
         with pytest.raises(ValueError, match="blocks"):
             early_exit(small_model("llama"), blocks)
+
+
+def test_guesses_that_are_all_wrong_become_few() -> None:
+    decoder = Decoder.from_model(small_model("llama", width=96))
+    plain = decode(decoder, None, [5, 6, 7]).tokens
+    wrong = decode(decoder, Oracle([5, 6, 7, *plain], set(range(64))), [5, 6, 7])
+    assert VOCABULARY - 1 not in plain and wrong.tokens == plain
+    assert wrong.accepted == 0 and 2 <= wrong.drafted <= 7  # 2 tokens at once, then 1 after 1, 3, 7, 15 others

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from .atomic import TEMPORARY_SUFFIX, publish, write_temporary
 from .record import QUANT_METHOD, check_record, describe
@@ -103,7 +103,36 @@ def load(
     model = architecture.from_pretrained(directory, dtype=dtype or "auto", local_files_only=True)
     from ..runtime.attached import attach
 
+    _leave_file(model, directory)
     return attach(model.to(device).eval())
+
+
+def _leave_file(model: nn.Module, directory: Path) -> None:
+    """Copy the tensors that are still in the mapped file: one small norm keeps all of the file in the process's memory."""
+    mapped = _mapped(str(directory.resolve()))
+    copies: dict[int, tuple[Tensor, Tensor]] = {}  # with the original, so that its id stays its own
+    for module in model.modules():
+        for group in (module._parameters, module._buffers):
+            for name, tensor in group.items():
+                if tensor is None or not any(start <= tensor.data_ptr() < end for start, end in mapped):
+                    continue
+                if id(tensor) not in copies:  # not only its data: a view would keep what it is a view of
+                    copy = tensor.detach().clone()
+                    if isinstance(tensor, nn.Parameter):
+                        copy = nn.Parameter(copy, tensor.requires_grad)
+                    copies[id(tensor)] = tensor, copy
+                group[name] = copies[id(tensor)][1]
+
+
+def _mapped(folder: str) -> list[tuple[int, int]]:
+    """Addresses at which files of a folder are mapped; none where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    spans = (line.split(maxsplit=5) for line in lines)
+    found = [fields[0].split("-") for fields in spans if len(fields) > 5 and fields[5].startswith(folder + "/")]
+    return [(int(start, 16), int(end, 16)) for start, end in found]
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from .limits import Limits
 from .sampling import Sampler, Sampling, log_probabilities
-from .speculative import MOST, Draft, Drafter, verify
+from .speculative import LONGEST_REST, MOST, Draft, Drafter, verify
 
 if TYPE_CHECKING:
     from .fallback import HuggingFaceDecoder
@@ -66,6 +66,8 @@ class Sequence:
     _slot: int = -1
     _held: int = 0  # tokens in the cache
     _ahead: int = 2  # guesses to ask for
+    _misses: int = 0  # drafts in a row of which nothing was right
+    _rest: int = 0  # tokens to go without a guess
     _sampler: Sampler | None = field(default=None, repr=False)
     _draft: Draft | None = field(default=None, repr=False)
 
@@ -204,6 +206,9 @@ class Batch:
         left = sequence.limits.max_new_tokens - len(sequence.tokens) - 1
         if sequence._draft is None or left < 1 or len(sequence.tokens) < sequence.limits.min_new_tokens:
             return []
+        if sequence._rest:
+            sequence._rest -= 1
+            return []
         return sequence._draft.propose(sequence._ids, min(sequence._ahead, left))
 
     def _run(self, work: list[tuple[list[int], Sequence]], logits: str) -> None:
@@ -243,6 +248,9 @@ class Batch:
             sequence.drafted += len(draft)
             sequence.accepted += right
             sequence._ahead = min(MOST, sequence._ahead * 2) if right == len(draft) else max(1, right + 1)
+            # A wrong guess makes a step of two rows, a tenth slower than one; where they are all wrong, ever fewer are made.
+            sequence._misses = 0 if right else min(sequence._misses + 1, LONGEST_REST)
+            sequence._rest = 2**sequence._misses - 1
             sequence._held -= len(draft) - right
             self.cache.truncate(sequence._slot, sequence._held)
         else:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _OPS = torch.ops.effk
-_STEP_ROWS = 512  # of one call: more gain nothing (weights are read once per 512 rows) and need memory
+STEP_ROWS = 512  # of one call: more gain nothing (weights are read once per 512 rows) and need memory
 
 
 class Decoder:
@@ -93,7 +93,7 @@ class Decoder:
             RuntimeError: a token outside the vocabulary. The cache's lengths are as before.
         """
         self._check(runs, cache, logits)
-        if runs and sum(len(ids) for _, ids in runs) <= _STEP_ROWS:
+        if runs and sum(len(ids) for _, ids in runs) <= STEP_ROWS:
             return self._call(runs, cache, logits)
         pieces = [torch.empty(0, self.vocab_size)] if logits == "none" or not runs else []
         for chunk, last in self._chunks(runs):
@@ -123,19 +123,19 @@ class Decoder:
                 )
 
     def _chunks(self, runs: Sequence[tuple[int, Sequence[int]]]):  # noqa: ANN202
-        """Calls of at most _STEP_ROWS rows: pairs of their runs and, for each, whether its last token is there."""
+        """Calls of at most STEP_ROWS rows: pairs of their runs and, for each, whether its last token is there."""
         chunk: list[tuple[int, Sequence[int]]] = []
         last: list[bool] = []
         rows = 0
         for slot, ids in runs:
             at = 0
             while at < len(ids):
-                take = min(len(ids) - at, _STEP_ROWS - rows)
+                take = min(len(ids) - at, STEP_ROWS - rows)
                 chunk.append((slot, ids[at : at + take] if at or take < len(ids) else ids))
                 at += take
                 rows += take
                 last.append(at == len(ids))
-                if rows == _STEP_ROWS:
+                if rows == STEP_ROWS:
                     yield chunk, last
                     chunk, last, rows = [], [], 0
         if chunk:

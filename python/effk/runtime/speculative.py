@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .fallback import HuggingFaceDecoder
 
 MOST = 7  # proposals: with the token that is certain, a run of 8
+LONGEST_REST = 5  # after so many drafts of which nothing was right, 2^5 - 1 tokens pass before the next
 
 
 class Draft(Protocol):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,7 +99,8 @@ def move_together(weights: Sequence[Weight]) -> int:
     total = sum(-(-t.nbytes // _ALIGN) * _ALIGN for t in moves.values())
     if total == 0:
         return 0
-    block = mmap.mmap(-1, total + _LARGE_PAGE)
+    # Private: the system gives shared memory no large pages unless it was told to (shmem_enabled).
+    block = mmap.mmap(-1, total + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         block.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(block, dtype=np.uint8)
@@ -113,4 +115,13 @@ def move_together(weights: Sequence[Weight]) -> int:
             new.copy_(old)
             setattr(weight.module, name, new)
             at += -(-old.nbytes // _ALIGN) * _ALIGN
+    del moves, old
+    _return_freed_memory()
     return total
+
+
+def _return_freed_memory() -> None:
+    """To the system: glibc keeps freed blocks of less than 32 MB, which were the weights of most layers."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
