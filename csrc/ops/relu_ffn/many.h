@@ -88,6 +88,7 @@ template <Rows R, int GC> void dot_many(const List& l, const float* x, int64_t x
     for (int r = 0; r < N; ++r) {
       const int64_t here = i + r < l.count ? i + r : l.count - 1, then = i + N + r < l.count ? i + N + r : l.count - 1;
       row[r] = row_at(l, here), next[r] = row_at(l, then);
+      for (int64_t g = 0; l.scales && g < l.groups; g += 16) prefetch_far(l.scales + neuron_of(l, then) * l.groups + g);
       scale[r] = l.scales ? l.scales + neuron_of(l, here) * l.groups : nullptr;
     }
     for (int64_t j0 = 0; j0 < vectors; j0 += kSlab) {
@@ -162,7 +163,10 @@ void add_many(const List& l, const float* h, int64_t h_row, int tokens, int64_t 
       const float* scale[kRowsAdd];
       for (int64_t r = 0; r < count; ++r) {
         widen<R>(row_at(l, i + r), j0, vectors, w + r * kSlabAdd * 16);
-        if (i + kRowsAdd + r < l.count) fetch_part<R>(row_at(l, i + kRowsAdd + r), j0, vectors);
+        if (i + kRowsAdd + r < l.count) {
+          fetch_part<R>(row_at(l, i + kRowsAdd + r), j0, vectors);
+          if (l.scales) prefetch_far(l.scales + neuron_of(l, i + kRowsAdd + r) * l.groups + (GC ? j0 / (GC ? GC : 1) : 0));
+        }
         scale[r] = l.scales ? l.scales + neuron_of(l, i + r) * l.groups : nullptr;
       }
       for (int t = 0; t < tokens; t += B) {  // a token that is repeated starts from the same sums and stores the same
