@@ -60,6 +60,9 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Two shapes, fewer turns: some minutes at most.")] = False,
     threads: Annotated[int, typer.Option(help="Threads, pinned to as many cores.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write one JSON object per row here.")] = None,
+    append: Annotated[
+        bool, typer.Option("--append", help="Keep the rows of other shapes that the file of --json holds.")
+    ] = False,
     isa: Annotated[str, typer.Option(help="Tier of ours; default: the best one, and avx2 beside it.")] = "",
     m: Annotated[str, typer.Option(help="Rows of x, e.g. 1,4,32; dense_linear, dyad_linear: tokens.")] = "",
     bits: Annotated[str, typer.Option(help="Widths of the weight, e.g. 4,3.")] = "",
@@ -121,7 +124,7 @@ def main(
     given = {"m": m, "bits": bits, "compute": compute}
     if names := [f"--{name}" for name, value in given.items() if value and name not in TAKES.get(op, ())]:
         raise typer.BadParameter(f"--op {op}: expected no {', '.join(names)}: options of wq_linear")
-    table(Options(op, quick, threads, isa, m, bits, compute, shape, kinds, baselines), json_file, console)
+    table(Options(op, quick, threads, isa, m, bits, compute, shape, kinds, baselines), json_file, append, console)
 
 
 def tiers_of(isa: str) -> tuple[str, ...]:
@@ -283,8 +286,11 @@ TAKES = {  # which of the options of wq_linear others have too
 }
 
 
-def table(o: Options, json_file: Path | None, console: Console) -> None:
-    """Runs the table of an op, prints it and keeps its rows."""
+def table(o: Options, json_file: Path | None, append: bool, console: Console) -> None:
+    """Runs the table of an op, prints it and keeps its rows.
+
+    append: beside the rows of other shapes that the file holds: a table in pieces. The machine's limits are those of the last.
+    """
     import torch
 
     from . import measure, report
@@ -303,6 +309,9 @@ def table(o: Options, json_file: Path | None, console: Console) -> None:
         result = module.run(plan, lambda text: (status.update(text), console.log(text)))
     if json_file:
         rows = [*measure.machine_rows(result), *result.rows, *measure.missing_rows(result, o.op)]
+        if append and json_file.exists():
+            shapes = [row.shape for row in result.rows]
+            rows += [r for r in report.read_jsonl(json_file) if r.op == o.op and r.shape and r.shape not in shapes]
         report.write_jsonl(json_file, rows)
     report.print_run(result, console)
 

@@ -21,11 +21,12 @@ from .timing import Timing
 
 OP = "bitmask_linear"
 KINDS = ("int8", "float")
+MOST_WORK = 512 * 4096 * 4096  # rows times weights: more would take minutes and say nothing new
 
 
 @dataclass(frozen=True)
 class Plan(table.Plan):
-    """What to run. Tiers but the first run the sparse layers only."""
+    """What to run. Tiers but the first run the sparse layers only, and few rows; many rows stop at MOST_WORK."""
 
     layers: tuple[Layer, ...] = LAYERS
     rows: tuple[int, ...] = ROWS
@@ -64,10 +65,12 @@ def entries(plan: Plan) -> list[Entry]:
             how = f"{'groups of 128' if group else 'one scale a row'}"
             make = ours.low_bit(bits, group)
             found.append(Entry(ours.WQ, ours.VERSION, make, "int8", f"int{bits}", 0.0, head, how))
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
-        found.append(Entry(ours.DENSE, ours.VERSION, ours.dense(dtype, True), "float", name, 0.0, head))
+    for name in ("fp32", "bf16"):
+        found.append(Entry(ours.DENSE, ours.VERSION, ours.dense(name, True), "float", name, 0.0, head))
         if plan.baselines:
-            found.append(Entry(ours.TORCH, torch.__version__, ours.dense(dtype, False), "float", name, 0.0))
+            found.append(Entry(ours.TORCH, torch.__version__, ours.dense(name, False), "float", name, 0.0))
+    for s in SPARSITIES if plan.baselines else ():
+        found.append(Entry(ours.CSR, torch.__version__, ours.csr(s), "float", "fp32", s))
     return [entry for entry in found if entry.kind in plan.kinds]
 
 
@@ -90,7 +93,11 @@ def block(plan: Plan, session: Session, p: Problem, kind: str, say: Say) -> None
 
     table.block(
         session,
-        (entry for entry in entries(plan) if entry.kind == kind),
+        (
+            e
+            for e in entries(plan)
+            if e.kind == kind and (p.m <= COLD_ROWS or e.name != ours.NAME or e.isa == plan.tiers[0])
+        ),
         f"{p.layer} M={p.m} {kind}",
         lambda entry: entry.function(p),
         lambda entry, made: made.match(made.call(0)),
@@ -103,9 +110,13 @@ def run(plan: Plan, say: Say) -> Result:
     """Runs the plan; `say` gets one line per block and anything worth knowing."""
     with table.running(plan) as session:
         for layer in plan.layers:
+            problem: Problem | None = None
             for m in plan.rows:
-                problem = Problem(layer, m)
+                if m * layer.n * layer.k > MOST_WORK:
+                    continue
+                problem = Problem(layer, m, problem)
                 for kind in plan.kinds:
                     block(plan, session, problem, kind, say)
-                    gc.collect()
+            del problem
+            gc.collect()
     return session.result

@@ -7,6 +7,7 @@
 //   void floats64<V, Few>(at, mask, w)      the same in fp32, w[4], columns in the order of order_columns
 //   vi load_half(p)            32 bytes, zeros behind them
 //   void order_columns<V>(x, n)             brings 64 i fp32 columns of x into that order; nothing for most
+//   kStreamTokens              so many tokens at most are served from the stream of values, two or three at a time
 //   kFewValues                 from how many bits of 64 on Few does not pay
 //   void fold(acc, out)        out[r] = sum of the lanes of acc[r], r < 8
 //   kTileRows, kTileTokens     the register block of a dense product
@@ -116,39 +117,54 @@ EFFK_INLINE vf add_group(const Panel& p, int64_t g, const void* sums, vf total) 
   return add_f(total, mul_f(scale, to_float(exact)));
 }
 
-// Sums over `blocks` blocks of 64 columns from a memory stream; `at` moves on. Few: 32 values of a row's 64 are more than usual.
-template <bool Few> EFFK_INLINE void sum_blocks(const uint8_t* x, const uint64_t* mask, int64_t blocks, const uint8_t*& at, int32_t* sums) {
-  vi acc[kRows];
+// Sums of T tokens over `blocks` blocks of 64 columns from a memory stream; `at` moves on. Few: 32 values of a row's 64 are more than usual.
+template <bool Few, int T> EFFK_INLINE void sum_blocks(const uint8_t* x, int64_t x_row, const uint64_t* mask, int64_t blocks, const uint8_t*& at,
+                                                       int32_t (*sums)[kRows]) {
+  vi acc[T][kRows];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) acc[r] = zero_i();
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) acc[t][r] = zero_i();
   for (int64_t b = 0; b < blocks; ++b, mask += kRows) {
-    const vi codes = load_unit(x + b * kBlock);
+    vi codes[T];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) codes[t] = load_unit(x + t * x_row + b * kBlock);
     prefetch(mask + kAheadBytes / 8);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       if (r % 2 == 0) prefetch(at + kAheadBytes);  // a line for two rows: half of the weight is zero, or more
-      acc[r] = dot64<Few>(acc[r], codes, at, mask + r);
+      if constexpr (T == 1) {
+        acc[0][r] = dot64<Few>(acc[0][r], codes[0], at, mask + r);
+      } else {
+        const vi w = bytes64(at, mask + r);
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) acc[t][r] = dot_u8s8<true>(acc[t][r], codes[t], w);
+      }
     }
   }
-  fold(acc, sums);
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t) fold(acc[t], sums[t]);
 }
 
-void stream_int8(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y) {
-  const uint8_t* x = static_cast<const uint8_t*>(t.x);
-  for (int64_t i = p0; i < p1; ++i) {
-    const Panel p(a.w, i);
-    const int64_t step = a.w.group ? a.w.group / kBlock : p.blocks;
-    const uint8_t* at = p.at;
-    vf total = zero_f();
-    for (int64_t b0 = 0, g = 0; b0 < p.blocks; b0 += step, ++g) {
-      const int64_t count = b0 + step < p.blocks ? step : p.blocks - b0;
-      int32_t sums[kRows];
-      if (p.few) sum_blocks<true>(x + b0 * kBlock, p.masks + b0 * kRows, count, at, sums);
-      else sum_blocks<false>(x + b0 * kBlock, p.masks + b0 * kRows, count, at, sums);
-      total = add_group(p, g, sums, total);
-    }
-    put_rows(a, p, mul_f(total, set_f(t.sx[0])), y, 0);
+// Panel i times T tokens from token t0 on.
+template <int T> void stream_int8(const Args& a, const Tokens& t, int64_t t0, int64_t i, char* y) {
+  const uint8_t* x = static_cast<const uint8_t*>(t.x) + t0 * t.x_row;
+  const Panel p(a.w, i);
+  const int64_t step = a.w.group ? a.w.group / kBlock : p.blocks;
+  const uint8_t* at = p.at;
+  vf total[T];
+#pragma GCC unroll 4
+  for (int n = 0; n < T; ++n) total[n] = zero_f();
+  for (int64_t b0 = 0, g = 0; b0 < p.blocks; b0 += step, ++g) {
+    const int64_t count = b0 + step < p.blocks ? step : p.blocks - b0;
+    int32_t sums[T][kRows];
+    if (p.few && T == 1) sum_blocks<true, T>(x + b0 * kBlock, t.x_row, p.masks + b0 * kRows, count, at, sums);
+    else sum_blocks<false, T>(x + b0 * kBlock, t.x_row, p.masks + b0 * kRows, count, at, sums);
+#pragma GCC unroll 4
+    for (int n = 0; n < T; ++n) total[n] = add_group(p, g, sums[n], total[n]);
   }
+#pragma GCC unroll 4
+  for (int n = 0; n < T; ++n) put_rows(a, p, mul_f(total[n], set_f(t.sx[t0 + n])), y, t0 + n);
 }
 
 // Rows [r, r + R) of a piece, `units` vectors of 64 columns, times T tokens: added to sums[token * stride + row].
@@ -194,12 +210,14 @@ template <class F> EFFK_INLINE void finish_floats(const Args& a, const Panel& p,
   put_rows(a, p, v, y, token);
 }
 
-template <Values V, bool Few, bool Scaled> EFFK_INLINE void sum_floats(const Panel& p, const float* x, vf (&sums)[kRows]) {
+template <Values V, bool Few, bool Scaled, int T> EFFK_INLINE void sum_floats(const Panel& p, const float* x, int64_t x_row, vf (&sums)[T][kRows]) {
   const uint64_t* mask = p.masks;
   const uint8_t* at = p.at;
-  vf acc[kRows], scale[kRows];
+  vf acc[T][kRows], scale[kRows];
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) acc[r] = zero_f();
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) acc[t][r] = zero_f();
   const int64_t step = Scaled ? p.w.group / kBlock : p.blocks;
   for (int64_t b0 = 0; b0 < p.blocks; b0 += step) {
     const int64_t b1 = b0 + step < p.blocks ? b0 + step : p.blocks;
@@ -213,21 +231,25 @@ template <Values V, bool Few, bool Scaled> EFFK_INLINE void sum_floats(const Pan
         vf w[4];
         floats64<V, Few>(at, mask + r, w);
 #pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) acc[r] = mac(Scaled ? mul_f(w[j], scale[r]) : w[j], load_f32(x + b * kBlock + j * 16), acc[r]);
+        for (int j = 0; j < 4; ++j) {
+          const vf v = Scaled ? mul_f(w[j], scale[r]) : w[j];
+#pragma GCC unroll 4
+          for (int t = 0; t < T; ++t) acc[t][r] = mac(v, load_f32(x + t * x_row + b * kBlock + j * 16), acc[t][r]);
+        }
       }
     }
   }
 #pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) sums[r] = acc[r];
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) sums[t][r] = acc[t][r];
 }
-template <Values V, bool Scaled> void stream_float(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y) {
-  const float* x = static_cast<const float*>(t.x);
-  for (int64_t i = p0; i < p1; ++i) {
-    const Panel p(a.w, i);
-    vf sums[kRows];
-    p.few ? sum_floats<V, true, Scaled>(p, x, sums) : sum_floats<V, false, Scaled>(p, x, sums);
-    finish_floats(a, p, [&](int r) { return sums[r]; }, y, 0);
-  }
+template <Values V, bool Scaled, int T> void stream_float(const Args& a, const Tokens& t, int64_t t0, int64_t i, char* y) {
+  const float* x = static_cast<const float*>(t.x) + t0 * t.x_row;
+  const Panel p(a.w, i);
+  vf sums[T][kRows];
+  p.few ? sum_floats<V, true, Scaled, T>(p, x, t.x_row, sums) : sum_floats<V, false, Scaled, T>(p, x, t.x_row, sums);
+  for (int n = 0; n < T; ++n) finish_floats(a, p, [&](int r) { return sums[n][r]; }, y, t0 + n);
 }
 
 // The same over vectors of 16 columns in fp32; sums are vectors, [token * stride + row * 16].
@@ -334,14 +356,28 @@ template <Values V> void tile_float(const Args& a, const Tokens& t, int64_t p0, 
   }
 }
 
+// Few tokens: a panel is read from memory by the first of them, and from a cache and expanded again by the others.
+template <class F> EFFK_INLINE void stream(const Tokens& t, int64_t p0, int64_t p1, const F& panel) {
+  for (int64_t i = p0; i < p1; ++i) {
+    int64_t t0 = 0;
+    if constexpr (kStreamTokens > 1) {
+      for (; t.count - t0 == 3 || t.count - t0 > 4; t0 += 3) panel(t0, i, std::integral_constant<int, 3>());
+      for (; t.count - t0 >= 2; t0 += 2) panel(t0, i, std::integral_constant<int, 2>());
+    }
+    for (; t0 < t.count; ++t0) panel(t0, i, std::integral_constant<int, 1>());
+  }
+}
 template <Values V> void multiply_float(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y, char* room) {
-  if (t.count > 1) return tile_float<V>(a, t, p0, p1, y, room);
-  if constexpr (V == Values::i8)
-    if (a.w.group) return stream_float<V, true>(a, t, p0, p1, y);
-  stream_float<V, false>(a, t, p0, p1, y);
+  if (t.count > kStreamTokens) return tile_float<V>(a, t, p0, p1, y, room);
+  stream(t, p0, p1, [&](int64_t t0, int64_t i, auto tokens) {
+    constexpr int T = decltype(tokens)::value;
+    if (V == Values::i8 && a.w.group) stream_float<V, V == Values::i8, T>(a, t, t0, i, y);
+    else stream_float<V, false, T>(a, t, t0, i, y);
+  });
 }
 void multiply_panels(const Args& a, const Tokens& t, int64_t p0, int64_t p1, char* y, char* room) {
-  if (a.int8) return t.count == 1 ? stream_int8(a, t, p0, p1, y) : tile_int8(a, t, p0, p1, y, room);
+  if (a.int8 && t.count > kStreamTokens) return tile_int8(a, t, p0, p1, y, room);
+  if (a.int8) return stream(t, p0, p1, [&](int64_t t0, int64_t i, auto tokens) { stream_int8<decltype(tokens)::value>(a, t, t0, i, y); });
   switch (a.w.type) {
     case Values::f32: return multiply_float<Values::f32>(a, t, p0, p1, y, room);
     case Values::bf16: return multiply_float<Values::bf16>(a, t, p0, p1, y, room);

@@ -24,6 +24,7 @@ EFFK_INLINE vi load_half(const void* p) {
   return v;
 }
 #ifdef __AVX512VBMI2__
+constexpr int kStreamTokens = 8;
 constexpr int kFewValues = 21;  // of 64: beyond, branches are mispredicted too often
 
 // In 64 bits: a count in 16 waits for the former owner of its register.

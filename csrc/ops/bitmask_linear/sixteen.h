@@ -5,7 +5,7 @@
 namespace effk::EFFK_TIER {
 namespace {
 
-constexpr int kFewValues = 0;
+constexpr int kFewValues = 0, kStreamTokens = 1;
 
 template <bool> EFFK_INLINE vi dot64(vi acc, vi x, const uint8_t*& at, const uint64_t* mask) { return dot_u8s8<true>(acc, x, bytes64(at, mask)); }
 template <Values V, bool> EFFK_INLINE void floats64(const uint8_t*& at, const uint64_t* mask, vf (&w)[4]) {
