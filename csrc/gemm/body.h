@@ -13,6 +13,7 @@
 #include "simd/convert.h"
 #include "simd/gemm.h"
 #include "simd/interleave.h"
+#include "simd/transpose.h"
 
 namespace effk::EFFK_TIER {
 namespace {
@@ -24,23 +25,6 @@ EFFK_INLINE const char* at(const Source& s, int64_t i, int64_t k) {
   return static_cast<const char*>(s.data) + (i * s.row + k * s.k_step) * int64_t(bytes_of(s.dtype));
 }
 EFFK_INLINE int upto16(int64_t n) { return int(n < 16 ? n : 16); }
-
-// rows (16 x 16, destroyed) transposed to `to`.
-void transpose16(float* rows, float* to) {
-  for (int i = 0; i < 16; i += 4)
-    for (int h = 0; h < 16; h += kLanes) {
-      float* p = rows + i * 16 + h;
-      vr r0 = load_r(p), r1 = load_r(p + 16), r2 = load_r(p + 32), r3 = load_r(p + 48);
-      transpose_quads(r0, r1, r2, r3);
-      store_r(p, r0), store_r(p + 16, r1), store_r(p + 32, r2), store_r(p + 48, r3);
-    }
-  for (int g = 0; g < 16; g += kLanes)
-    for (int j = 0; j < 4; ++j) {
-      vr r[4];
-      load_columns(rows, 16, g, j, r);
-      for (int i = 0; i < 4; ++i) store_r(to + (j + 4 * i) * 16 + g, r[i]);
-    }
-}
 
 // n lines of `width` <= 16 values that lie `stride` elements apart.
 template <DType T> EFFK_INLINE void read_lines_as(const char* from, int64_t stride, int n, int width, float* to) {

@@ -144,6 +144,14 @@ EFFK_INLINE vi load_u8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si
 EFFK_INLINE vi load_s8(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
 // Bit l: not a[l] <= b[l], so that NaN counts.
 EFFK_INLINE uint32_t not_below(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
+// Bit l: a[l] > b[l].
+EFFK_INLINE uint32_t above(vi a, vi b) { return _mm512_cmpgt_epi32_mask(a, b); }
+// y[0 .. 8) += a * x[0 .. 8).
+EFFK_INLINE void fma8(float a, const float* x, float* y) {
+  _mm256_storeu_ps(y, _mm256_fmadd_ps(_mm256_set1_ps(a), _mm256_loadu_ps(x), _mm256_loadu_ps(y)));
+}
+// The lanes of `mask` take p[0], p[1], ... in turn, the others 0. Reads all of p[0 .. 16).
+EFFK_INLINE vf expand_f32(const float* p, uint32_t mask) { return _mm512_maskz_expand_ps(__mmask16(mask), load_f32(p)); }
 EFFK_INLINE void store_f16(void* p, vf v) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }

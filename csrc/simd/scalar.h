@@ -108,6 +108,9 @@ EFFK_INLINE vf load_bf16(const void* p) { return make_f([=](int l) { return bf16
 EFFK_INLINE vi load_u8(const void* p) { return make_i([=](int l) { return static_cast<const uint8_t*>(p)[l]; }); }
 EFFK_INLINE vi load_s8(const void* p) { return make_i([=](int l) { return static_cast<const int8_t*>(p)[l]; }); }
 EFFK_INLINE uint32_t not_below(vf a, vf b) { uint32_t m = 0; for (int l = 0; l < 16; ++l) m |= uint32_t(!(a.v[l] <= b.v[l])) << l; return m; }
+EFFK_INLINE uint32_t above(vi a, vi b) { uint32_t m = 0; for (int l = 0; l < 16; ++l) m |= uint32_t(a.v[l] > b.v[l]) << l; return m; }
+EFFK_INLINE void fma8(float a, const float* x, float* y) { for (int l = 0; l < 8; ++l) y[l] = std::fmaf(a, x[l], y[l]); }
+EFFK_INLINE vf expand_f32(const float* p, uint32_t mask) { return make_f([&](int l) { return mask >> l & 1 ? *p++ : 0.0f; }); }
 EFFK_INLINE void store_f16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_f16(a.v[l])); }
 EFFK_INLINE vi bf16_bits(vf a) { return make_i([&](int l) { return float_to_bf16(a.v[l]); }); }
 EFFK_INLINE void store_bf16(void* p, vf a) { for (int l = 0; l < 16; ++l) put_half(p, l, float_to_bf16(a.v[l])); }

@@ -1,10 +1,6 @@
 // Chooses a kernel, prepares x once for all weights, cuts the work into tiles. Compiled with baseline flags.
 #include "ops/wq_linear/kernels.h"
 
-#include <cstring>
-
-#include "common/half.h"
-
 namespace effk {
 namespace wq {
 
@@ -74,7 +70,6 @@ int key_of(const Layout& l, const Kernel* k, const Rows& r) {
   return l.count;
 }
 
-bool transposed(const WqLinearArgs& a) { return a.m >= kTransposeRows; }
 bool has_outliers(const WqLinearArgs& a) {
   for (int i = 0; i < a.n_weights; ++i) if (a.weights[i].out_ptr) return true;
   return false;
@@ -100,34 +95,9 @@ Layout layout_of(const WqLinearArgs& a) {
     ++l.count;
   }
   l.dense = at;
-  if (has_outliers(a)) at += aligned(size_t(transposed(a) ? t16::ceil_div(a.m, 16) * 16 : a.m) * size_t(a.k) * 4);
+  if (has_outliers(a)) at += aligned(size_t(a.m == 1 ? 1 : t16::ceil_div(a.m, 16) * 16) * size_t(a.k) * 4);
   l.total = at;
   return l;
-}
-
-float element(const void* x, DType t, int64_t i) {
-  if (t == DType::f32) { float f; std::memcpy(&f, static_cast<const char*>(x) + 4 * i, 4); return f; }
-  uint16_t h;
-  std::memcpy(&h, static_cast<const char*>(x) + 2 * i, 2);
-  return t == DType::bf16 ? bf16_to_float(h) : f16_to_float(h);
-}
-
-// fp32 x for the outliers: rows as they are, or blocks of 16 rows with the rows innermost.
-void prepare_dense(const WqLinearArgs& a, float* out, const ParallelFor& pf) {
-  const int64_t blocks = transposed(a) ? t16::ceil_div(a.m, 16) : a.m;
-  parallel_for(pf, blocks, 1, [&](int64_t b0, int64_t b1) {
-    for (int64_t b = b0; b < b1; ++b) {
-      if (!transposed(a)) {
-        for (int64_t k = 0; k < a.k; ++k) out[b * a.k + k] = element(a.x, a.x_dtype, b * a.k + k);
-        continue;
-      }
-      float* block = out + b * a.k * 16;
-      for (int r = 0; r < 16; ++r) {
-        const int64_t m = b * 16 + r;
-        for (int64_t k = 0; k < a.k; ++k) block[k * 16 + r] = m < a.m ? element(a.x, a.x_dtype, m * a.k + k) : 0.0f;
-      }
-    }
-  });
 }
 
 }  // namespace
@@ -152,11 +122,15 @@ void wq_linear(const WqLinearArgs& a, void* workspace, const ParallelFor& pf) {
   }
   const float* dense = nullptr;
   if (has_outliers(a)) {
-    if (a.x_dtype == DType::f32 && !transposed(a)) {
+    if (a.x_dtype == DType::f32 && a.m == 1) {
       dense = static_cast<const float*>(a.x);
     } else {
-      prepare_dense(a, reinterpret_cast<float*>(base + l.dense), pf);
-      dense = reinterpret_cast<const float*>(base + l.dense);
+      float* to = reinterpret_cast<float*>(base + l.dense);
+      const int64_t grain = t16::ceil_div(16 << 10, a.k * 16);
+      parallel_for(pf, t16::ceil_div(a.m, 16), grain, [&](int64_t b0, int64_t b1) {
+        for (int64_t b = b0; b < b1; ++b) l.kernel[0]->prepare_dense(a.x, a.x_dtype, a.m, a.k, b, to);
+      });
+      dense = to;
     }
   }
 
@@ -181,7 +155,7 @@ void wq_linear(const WqLinearArgs& a, void* workspace, const ParallelFor& pf) {
       o.columns = t16::ceil_div(o.tiles, o.step);
       items += o.columns * t16::ceil_div(o.r->blocks, kMaxBlocks);
       o.end = items;
-      bytes += t16::packed_bytes(w.n, w.k, w.bits) * (1 + a.m / kTransposeRows);
+      bytes += t16::packed_bytes(w.n, w.k, w.bits) * (1 + a.m / kMaxBlockRows);
     }
     if (items == 0) continue;
     const int64_t grain = t16::ceil_div(kGrainBytes * items, bytes ? bytes : 1);

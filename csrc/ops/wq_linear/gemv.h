@@ -54,8 +54,7 @@ template <class D, int Bits> struct Layout {
 };
 
 // NT tiles from t.tile on: out[tile][row of x][16].
-template <class D, int Bits, int MR, int NT, bool Outliers>
-void gemv_tiles(const Tile& t, const Layout<D, Bits>& layout, float* out, [[maybe_unused]] Streamed& outliers) {
+template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t, const Layout<D, Bits>& layout, float* out) {
   const WqWeight& w = *t.w;
   const Rows& r = *t.rows;
   const Codes& codes = layout.codes;
@@ -75,7 +74,6 @@ void gemv_tiles(const Tile& t, const Layout<D, Bits>& layout, float* out, [[mayb
   });
   const int32_t* x = r.data;
   for (int64_t h = 0; h < spans.count; ++h) {
-    if constexpr (Outliers) if (outliers.pending()) outliers.step();
     const int chunks = spans.chunks(h);
     const int64_t group = spans.group(h) * 16;
     typename D::Acc acc[MR][NT][kParts];
@@ -98,8 +96,6 @@ void gemv_tiles(const Tile& t, const Layout<D, Bits>& layout, float* out, [[mayb
     });
   }
   unroll<NT>([&](auto i) { unroll<MR>([&](auto m) { store_f32(out + (i * MR + m) * 16, y[m][i]); }); });
-  if constexpr (Outliers)
-    for (int i = 0; i < t.tiles; ++i) store_f32(out + i * 16, add_f(load_f32(out + i * 16), outliers.rows(w, t.tile + i)));
 }
 
 // Outliers that do not run beside the stream come last and together: between the tiles they would break the stream 256
@@ -112,7 +108,9 @@ template <class D, int Bits, int NT, int Rows> void gemv_run(const Tile& t) {
   const auto tiles_from = [&](int i, int wanted) { return t.tiles - i < wanted ? t.tiles - i : wanted; };
   Streamed outliers;
   bool streamed = w.out_ptr && !w.col32 && m == 1;
-  for (int i = 0; i < t.tiles && streamed; i += NT) streamed = Streamed::entries(w, t.tile + i, tiles_from(i, NT)) <= Streamed::kMax;
+  if (w.out_ptr) prefetch_lengths(w, t.tile, 2 * t.tiles);
+  if (streamed && entries_of(w, t.tile, t.tiles) > Streamed::kMax)
+    for (int i = 0; i < t.tiles && streamed; i += NT) streamed = entries_of(w, t.tile + i, tiles_from(i, NT)) <= Streamed::kMax;
   int gathered = 0;  // tiles
   for (int i = 0; i < t.tiles; i += NT) {
     Tile part = t;
@@ -120,28 +118,30 @@ template <class D, int Bits, int NT, int Rows> void gemv_run(const Tile& t) {
     part.tiles = tiles_from(i, NT);
     if (streamed && i == gathered) {
       int ahead = Streamed::kTiles;
-      while (ahead > NT && Streamed::entries(w, part.tile, tiles_from(i, ahead)) > Streamed::kMax) ahead /= 2;
-      outliers.start(t, part.tile, tiles_from(i, ahead), layout.spans.count);
+      while (ahead > NT && entries_of(w, part.tile, tiles_from(i, ahead)) > Streamed::kMax) ahead /= 2;
+      outliers.gather(t, part.tile, tiles_from(i, ahead), w.packed + part.tile * layout.tile_bytes + kGemvAhead);
       gathered += ahead;
     }
     float* out = y + i * m * 16;
     if constexpr (Rows == 4) {
       switch (m) {
         case 1:
-          streamed ? gemv_tiles<D, Bits, 1, NT, true>(part, layout, out, outliers) : gemv_tiles<D, Bits, 1, NT, false>(part, layout, out, outliers);
+          gemv_tiles<D, Bits, 1, NT>(part, layout, out);
           break;
-        case 2: gemv_tiles<D, Bits, 2, NT, false>(part, layout, out, outliers); break;
-        case 3: gemv_tiles<D, Bits, 3, NT, false>(part, layout, out, outliers); break;
-        default: gemv_tiles<D, Bits, 4, NT, false>(part, layout, out, outliers);
+        case 2: gemv_tiles<D, Bits, 2, NT>(part, layout, out); break;
+        case 3: gemv_tiles<D, Bits, 3, NT>(part, layout, out); break;
+        default: gemv_tiles<D, Bits, 4, NT>(part, layout, out);
       }
     } else {
       switch (m) {
-        case 5: gemv_tiles<D, Bits, 5, NT, false>(part, layout, out, outliers); break;
-        case 6: gemv_tiles<D, Bits, 6, NT, false>(part, layout, out, outliers); break;
-        case 7: gemv_tiles<D, Bits, 7, NT, false>(part, layout, out, outliers); break;
-        default: gemv_tiles<D, Bits, 8, NT, false>(part, layout, out, outliers);
+        case 5: gemv_tiles<D, Bits, 5, NT>(part, layout, out); break;
+        case 6: gemv_tiles<D, Bits, 6, NT>(part, layout, out); break;
+        case 7: gemv_tiles<D, Bits, 7, NT>(part, layout, out); break;
+        default: gemv_tiles<D, Bits, 8, NT>(part, layout, out);
       }
     }
+    if (streamed)
+      for (int j = 0; j < part.tiles; ++j) store_f32(out + j * 16, add_f(load_f32(out + j * 16), outliers.rows(w, part.tile + j)));
   }
   finish_tiles<wq::kMaxGemvTiles>(t, 0, m, y, m * 16, w.out_ptr && !streamed);
 }

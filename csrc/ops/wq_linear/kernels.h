@@ -14,7 +14,6 @@ enum class Form : int32_t { int8 = 0, fp32 = 1, bf16 = 2 };
 constexpr int steps_per_unit(Form f) { return f == Form::int8 ? 1 : f == Form::bf16 ? 2 : 4; }
 constexpr int kPadK = 32;  // prepared rows are zero-padded to this, the largest chunk
 
-constexpr int kTransposeRows = 8;      // from this many rows of x, outliers run over a transposed copy
 constexpr int kMaxBlockRows = 8;       // rows of x that meet a pair of tiles in registers
 constexpr int kMaxBlocks = 16;         // row blocks per call: their results and operands stay in a first-level cache
 constexpr int kMaxGemvTiles = 32;      // tiles that one call of gemv may be given
@@ -56,7 +55,7 @@ struct Tile {
   int64_t tile;                // first tile of 16 weight rows
   int tiles;                   // gemv: 1 .. kMaxGemvTiles; gemm: 1 .. Kernel::gemm_tiles
   int block, blocks;           // row blocks of x
-  const float* dense_x;        // only with outliers: fp32 x, [m][k] below kTransposeRows rows, else [m / 16][k][16]
+  const float* dense_x;        // only with outliers: fp32 x as prepare_dense leaves it
   void* y;                     // whole output [m, n]
   DType y_dtype;
 };
@@ -70,6 +69,8 @@ struct Kernel {
   int gemv_rows;               // gemv takes up to this many rows of x, as one block; 0: there is no gemv
   int gemv_tiles, gemm_tiles;
   void (*prepare)(const void* x, DType dtype, int block, const Rows& rows);
+  // For outliers: the rows [16 block, 16 block + 16) of x in fp32; [k] if there is one row, else out[block][k][16], zeros beyond m.
+  void (*prepare_dense)(const void* x, DType dtype, int64_t m, int64_t k, int64_t block, float* out);
   void (*gemv)(const Tile&);   // results stay in registers over all of K; no codebooks in the int8 form, none per row
   void (*gemm)(const Tile&);   // any number of rows, span by span over a batch of row blocks
 };

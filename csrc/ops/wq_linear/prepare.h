@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "ops/wq_linear/forms.h"
+#include "simd/convert.h"
 
 namespace effk::EFFK_TIER {
 namespace {
