@@ -15,6 +15,9 @@
 //   zeros  [tiles][groups][16]  uint8, optional        absent: the zero point is 2^(b-1) everywhere (symmetric)
 //   codebook, optional: fp32 [2^b] for the whole weight, or fp32 [tiles][2^b][16] one table a row; replaces the integer
 //   value of a code; such weights have no zeros.
+//   out_ptr [N + 1], out_col [nnz], out_val [nnz], optional: sparse entries. Row n has out_ptr[n + 1] - out_ptr[n] of them,
+//   columns ascending; those of a tile, from out_ptr[16 tile] on, lie rank by rank: the first of each row that has one, rows
+//   ascending, then the second ones, and so on. So a vector of rows meets a run of entries, and no row waits for its sum.
 //
 // Padding: rows beyond N have code 0, scale 0; k beyond K has code 0 and meets a zero activation. Cutting: tiles
 // [t0, t1) of every array are the weight's rows [16*t0, 16*t1); chunks and groups cut K at multiples of one group. The
@@ -57,6 +60,17 @@ constexpr Place place(int64_t n, int64_t k, int64_t K, int bits) {
   const int f = int(r / 4);
   if (bits == 3) return {base + (f / 4) * kUnitBytes + lane, 2 * (f % 4), base + 2 * kUnitBytes + lane, f};
   return {base + lane, bits * f, -1, 0};
+}
+
+// Where entry `rank` of row n lies in out_col and out_val. rows: N.
+constexpr int64_t entry_place(const int32_t* out_ptr, int64_t rows, int64_t n, int64_t rank) {
+  const int64_t first = n / kTileRows * kTileRows;
+  int64_t at = out_ptr[first];
+  for (int64_t r = first; r < first + kTileRows && r < rows; ++r) {
+    const int64_t length = int64_t(out_ptr[r + 1]) - out_ptr[r];
+    at += (length < rank ? length : rank) + (r < n && length > rank ? 1 : 0);
+  }
+  return at;
 }
 
 static_assert(packed_bytes(16, 128, 2) == 512 && packed_bytes(16, 128, 3) == 768 && packed_bytes(16, 128, 4) == 1024, "density");

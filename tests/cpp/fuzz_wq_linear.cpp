@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "entries.h"
 #include "fuzz.h"
 #include "ops/wq_linear/wq_linear.h"
 
@@ -106,8 +107,8 @@ void fill(Random& r, Weight& o, int64_t k, Compute compute) {
       return p;
     };
     w.out_ptr = reinterpret_cast<const int32_t*>(copy(o.ptr, ptr));
-    w.out_col = copy(o.col, col);
-    w.out_val = reinterpret_cast<const uint16_t*>(copy(o.val, val));
+    w.out_col = copy(o.col, rank_by_rank(ptr, col));
+    w.out_val = reinterpret_cast<const uint16_t*>(copy(o.val, rank_by_rank(ptr, val)));
   }
 
   o.bias_value.assign(size_t(n), 0.0f);

@@ -924,7 +924,11 @@ MUTANTS = (
         ),
         packing("packed bytes not cleared", "std::memset(packed, 0, size_t(t16::packed_bytes(n, k, bits)));", ""),
         packing("dequantize ignores zeros", "(w.zeros ? w.zeros[at] : 1 << (w.bits - 1))", "(1 << (w.bits - 1))"),
-        packing("dequantize drops a row's last outlier", "j < w.out_ptr[r + 1]; ++j", "j + 1 < w.out_ptr[r + 1]; ++j"),
+        packing(
+            "dequantize drops a row's last outlier",
+            "rank < w.out_ptr[r + 1] - w.out_ptr[r]; ++rank",
+            "rank + 1 < w.out_ptr[r + 1] - w.out_ptr[r]; ++rank",
+        ),
         dispatch(
             "codebooks to bf16 dot products", "a.x_dtype == DType::bf16 && !w.codebook ?", "a.x_dtype == DType::bf16 ?"
         ),
@@ -941,13 +945,8 @@ MUTANTS = (
         ),
         dispatch(
             "transposed x not padded to 16 rows",
-            "t16::ceil_div(a.m, 16) * 16 : a.m) * size_t(a.k)",
-            "a.m : a.m) * size_t(a.k)",
-        ),
-        dispatch(
-            "fp16 read as bf16 for outliers",
-            "t == DType::bf16 ? bf16_to_float(h) : f16_to_float(h)",
-            "bf16_to_float(h)",
+            "t16::ceil_div(a.m, 16) * 16) * size_t(a.k)",
+            "a.m) * size_t(a.k)",
         ),
         kernel(
             "rest of x not cleared",
@@ -982,15 +981,25 @@ MUTANTS = (
         ),
         kernel(
             "outlier columns of the neighbour",
-            "finish.h",
-            "picked[i] = x[cols[i]];",
-            "picked[i] = x[cols[i ? i - 1 : 0]];",
+            "outliers.h",
+            "x_ + int64_t(cols[i]) * Width",
+            "x_ + int64_t(cols[i ? i - 1 : 0]) * Width",
         ),
+        kernel("outliers beyond a piece read from its start", "outliers.h", "    at_ += count_;\n", ""),
+        kernel("tiles of a pair share a sum", "outliers.h", "i / 2 * 32 + i % 2", "i / 2 * 32"),
+        kernel("sums of an odd last tile not cleared", "outliers.h", "Width == 8 && tiles % 2 == 1", "false"),
         kernel(
-            "outlier pieces overlap",
-            "finish.h",
-            "for (; j < end; j += kPiece) {",
-            "for (; j < end; j += kPiece - 16) {",
+            "last outlier of one row of x not gathered",
+            "outliers.h",
+            "for (int q = 0; q < count; ++q) copy_float",
+            "for (int q = 0; q + 1 < count; ++q) copy_float",
+        ),
+        kernel("lengths of the next row", "outliers.h", "p[i < lanes ? i : lanes]", "p[i + 1 < lanes ? i + 1 : lanes]"),
+        kernel(
+            "outliers of the second block of rows take the first's x",
+            "outliers.h",
+            "t.dense_x + block * w.k * 16",
+            "t.dense_x + 0 * block * w.k * 16",
         ),
         kernel("whole tile stored at the edge", "finish.h", "if (n0 + 16 <= w.n) {", "if (n0 + 15 <= w.n) {"),
         kernel(

@@ -2,6 +2,7 @@
 // runs under ASan and UBSan in every thread order and must fail for every planted bug of mutants.py; on a GPU, the one
 // that compute-sanitizer watches.
 //   driver [bits]     bits 2, 3, 4 or 8: only the cases of that width
+#include "../cpp/entries.h"
 #include "buffers.h"
 #include "cases.h"
 
@@ -90,8 +91,13 @@ double worst(const Case& c, std::mt19937& random) {
   Buffer<uint16_t> out_col(columns.size()), out_val(columns.size()), x(c.m * ldx, c.shift_x), y(c.m * n);
   Buffer<float> y_in(c.gap >= 0 ? c.m * n : 0);
   for (size_t i = 0; i < y_in.size(); ++i) y_in[i] = normal(random);
-  std::copy(columns.begin(), columns.end(), out_col.data());
-  std::copy(values.begin(), values.end(), out_val.data());
+  const std::vector<int32_t> rows(out_ptr.data(), out_ptr.data() + n + 1);
+  const auto in_tiles = [&](const std::vector<uint16_t>& entries, uint16_t* to) {
+    const std::vector<uint16_t> moved = test::rank_by_rank(rows, entries);
+    std::copy(moved.begin(), moved.end(), to);
+  };
+  in_tiles(columns, out_col.data());
+  in_tiles(values, out_val.data());
   for (size_t i = 0; i < x.size(); ++i) x[i] = encode(normal(random), c.type);
 
   std::fill_n(y.data(), y.size(), uint16_t(0xffff));  // what the kernel does not write stays NaN

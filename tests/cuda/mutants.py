@@ -127,7 +127,7 @@ MUTANTS = [
     Mutant("rows of x taken as k apart", MMA, "x + token * p.ldx + k;", "x + int64_t(token) * p.k + k;"),
     Mutant("what is added taken from the first token", MMA, "sum += p.y_in[int64_t(token) * p.w.n + n];", "sum += p.y_in[n];"),
     Mutant("outliers on the first rank only", MMA, "  if (p.w.out_ptr) sum_outliers", "  if (p.w.out_ptr && rank == 0) sum_outliers"),
-    Mutant("outliers of a row end one early", MMA, "end = min(p.w.out_ptr[n + 1], p.outliers);", "end = min(p.w.out_ptr[n + 1], p.outliers) - 1;", ci=True),
+    Mutant("outliers of a row end one early", MMA, "rank < length; rank += 32", "rank < length - 1; rank += 32", ci=True),
     Mutant("shuffles start at distance 8", MMA, "int distance = 16; distance;", "int distance = 8; distance;"),
     Mutant("half a warp shuffles", MMA, "      for (int distance = 16;", "      if (lane < 16) for (int distance = 16;"),
     # guards and tails

@@ -92,8 +92,10 @@ template <class Out>
 __global__ void __launch_bounds__(256) add_outliers_kernel(const WqWeight w, Out* out, int outliers) {
   const int64_t n = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (n >= w.n) return;
-  const int begin = max(w.out_ptr[n], 0), end = min(w.out_ptr[n + 1], outliers);
-  for (int j = begin + int(threadIdx.x % 32); j < end; j += 32) {
+  const int length = min(w.out_ptr[n + 1] - w.out_ptr[n], outliers);
+  for (int rank = int(threadIdx.x % 32); rank < length; rank += 32) {
+    const int64_t j = t16::entry_place(w.out_ptr, w.n, n, rank);
+    if (j < 0 || j >= outliers) continue;
     const int64_t c = w.col32 ? static_cast<const int32_t*>(w.out_col)[j] : static_cast<const uint16_t*>(w.out_col)[j];
     if (c < 0 || c >= w.k) continue;
     Out* const at = out + n * w.k + c;

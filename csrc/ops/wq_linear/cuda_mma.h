@@ -179,7 +179,7 @@ __device__ void build_tables(uint32_t* table, const WqWeight& w, int tile0, int 
 }
 
 // sparse[token][row] = sum over the row's outliers of v x[token, c], in a fixed order: lane i takes the entries i, i + 32,
-// ... and the lanes are added in a tree. An entry that points outside x makes the sum NaN: indices on the device cannot
+// ... and the lanes are added in a tree. An entry that lies or points outside makes the sum NaN: indices on the device cannot
 // be checked without waiting for it, and must not be trusted either.
 template <class T, class S>
 __device__ void sum_outliers(float* sparse, const MmaArgs& p, int row0, int first, int last) {
@@ -187,11 +187,15 @@ __device__ void sum_outliers(float* sparse, const MmaArgs& p, int row0, int firs
   const T* const x = static_cast<const T*>(p.x);
   for (int row = first + int(threadIdx.x) / 32; row < last; row += warps) {
     const int n = row0 + row;
-    int begin = 0, end = 0;
-    if (n < p.w.n) begin = max(p.w.out_ptr[n], 0), end = min(p.w.out_ptr[n + 1], p.outliers);
+    const int length = n < p.w.n ? min(p.w.out_ptr[n + 1] - p.w.out_ptr[n], p.outliers) : 0;
     for (int token = 0; token < p.m; ++token) {
       float sum = 0.0f;
-      for (int j = begin + lane; j < end; j += 32) {
+      for (int rank = lane; rank < length; rank += 32) {
+        const int64_t j = t16::entry_place(p.w.out_ptr, p.w.n, n, rank);
+        if (j < 0 || j >= p.outliers) {
+          sum = __uint_as_float(0x7fc00000u);
+          break;
+        }
         const int64_t c = p.w.col32 ? static_cast<const int32_t*>(p.w.out_col)[j] : static_cast<const uint16_t*>(p.w.out_col)[j];
         const float v = to_float(reinterpret_cast<const __half*>(p.w.out_val)[j]);
         sum += c >= 0 && c < p.k ? v * to_float(x[token * p.ldx + c]) : __uint_as_float(0x7fc00000u);

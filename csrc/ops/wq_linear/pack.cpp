@@ -97,7 +97,8 @@ void wq_dequantize(const WqWeight& w, float* out) {
       out[r * w.k + c] = s * v;
     }
     if (!w.out_ptr) continue;
-    for (int32_t j = w.out_ptr[r]; j < w.out_ptr[r + 1]; ++j) {
+    for (int32_t rank = 0; rank < w.out_ptr[r + 1] - w.out_ptr[r]; ++rank) {
+      const int64_t j = t16::entry_place(w.out_ptr, w.n, r, rank);
       const int64_t c = w.col32 ? static_cast<const int32_t*>(w.out_col)[j] : static_cast<const uint16_t*>(w.out_col)[j];
       out[r * w.k + c] += f16_to_float(w.out_val[j]);
     }

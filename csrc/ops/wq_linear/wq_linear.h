@@ -7,7 +7,8 @@
 //   int8:   per row m and block h: v = max|x|, a = v / 127, xq = rint(x * (127 / v)), all fp32, ties to even;
 //           v < 2^-119 counts as zero (a = 0, xq = 0)
 //           y[m, n] = sum_h (a[m, h] s[n, g(h)]) * ( sum_{k in h} q xq - z * sum_{k in h} xq ),  h ascending, one fma each
-//   sparse: y[m, n] += sum_j v[j] x[m, c[j]], j over the row's CSR entries in order, fp32; then + bias; then one rounding.
+//   sparse: y[m, n] += sum_j v[j] x[m, c[j]], j over the row's entries, columns ascending, one fma each from 0, fp32; then
+//           + bias; then one rounding.
 //
 // Integer sums are exact, and the order of every floating-point sum is fixed: a result depends on neither the tier (int8
 // form), nor the thread count, nor the other rows of the batch. A row of x with a non-finite value gives a row of NaN
@@ -31,7 +32,7 @@ struct WqWeight {
   const void* scales;        // t16, fp16 or fp32
   const uint8_t* zeros;      // t16, or null: symmetric
   const float* codebook;     // or null: integers
-  const int32_t* out_ptr;    // CSR outliers: [N + 1], or null; entries of a row have ascending columns
+  const int32_t* out_ptr;    // outliers, t16: [N + 1], or null
   const void* out_col;       // [nnz] uint16, or int32 when K > 65536
   const uint16_t* out_val;   // [nnz] fp16
   const void* bias;          // [N] of bias_dtype, or null

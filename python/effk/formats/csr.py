@@ -55,6 +55,27 @@ def row_index(ptr: Tensor) -> Tensor:
     return torch.repeat_interleave(torch.arange(counts.numel(), device=ptr.device), counts)
 
 
+def tile_order(ptr: Tensor, tile_rows: int = 16) -> Tensor:
+    """Where kernels keep the entries: position of each of theirs among the entries in row order, int64 ``[nnz]``.
+
+    Entries of a tile of rows lie rank by rank: the first of each row that has one, rows ascending, then the second ones,
+    and so on (``csrc/formats/t16.h``). ``in_tiles = in_rows[tile_order(ptr)]``.
+    """
+    rows = row_index(ptr)
+    if rows.numel() == 0:
+        return rows
+    rank = torch.arange(rows.numel(), device=ptr.device) - ptr[:-1].long()[rows]
+    ranks = int(rank.max()) + 1
+    return ((rows // tile_rows * ranks + rank) * tile_rows + rows % tile_rows).argsort()
+
+
+def reorder(entries: Tensor, order: Tensor, inverse: bool = False) -> Tensor:
+    """``entries[order]``, or what had to be there before it was so reordered; any 16-bit type included."""
+    plain = entries.view(torch.int16) if entries.element_size() == 2 else entries  # uint16 cannot be indexed
+    moved = torch.empty_like(plain).scatter_(0, order, plain) if inverse else plain[order]
+    return moved.view(entries.dtype)
+
+
 def validate_csr(csr: Csr, n: int, k: int) -> None:
     """Raise ``ValueError`` naming the field unless the arrays form a legal ``[n, k]`` matrix."""
     ptr, col, val = csr

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..formats.wq import WqWeight
+from ..ops import wq_linear
 from .frozen import FrozenDtypes
 from .siblings import SiblingProducts, may_share
 
@@ -65,36 +66,15 @@ class WqLinear(FrozenDtypes):
         if compute == "int8" and weight.codebook is not None and weight.codebook.dim() == 2:
             raise ValueError("WqLinear: compute: expected 'float' for a codebook per row, got 'int8'")
         module = cls(weight.n, weight.k, weight.bits, weight.group_size, compute)
-        packed, scales, zeros, codebook = torch.ops.effk.wq_pack(
-            weight.qweight,
-            weight.scales,
-            weight.zeros,
-            weight.codebook,
-            weight.n,
-            weight.k,
-            weight.bits,
-            weight.group_size,
-        )
-        module.packed, module.scales = packed, scales
-        module.zeros = zeros if weight.zeros is not None else None
-        module.codebook = codebook if weight.codebook is not None else None
-        module.out_ptr, module.out_col, module.out_val = weight.out_ptr, weight.out_col, weight.out_val
+        packed = wq_linear.pack(weight)
+        for name, tensor in zip(cls.format_buffers, packed.tensors, strict=True):
+            setattr(module, name, tensor)
         module.bias = None if bias is None else bias.detach().clone()
         return module
 
     def to_weight(self) -> WqWeight:
         """The canonical form back; exact inverse of :meth:`from_weight`."""
-        n, k = self.out_features, self.in_features
-        qweight, scales, zeros = torch.ops.effk.wq_unpack(
-            self.packed, self.scales, self.zeros, n, k, self.bits, self.group_size
-        )
-        codebook = self.codebook
-        if codebook is not None and codebook.dim() == 3:  # [tiles, 2**bits, 16] -> [n, 2**bits]
-            codebook = codebook.transpose(1, 2).reshape(-1, codebook.shape[1])[:n].contiguous()
-        return WqWeight(
-            n, k, self.bits, self.group_size, qweight, scales, None if self.zeros is None else zeros, codebook,
-            self.out_ptr, self.out_col, self.out_val,
-        )  # fmt: skip
+        return wq_linear.unpack(wq_linear.PackedWeight(*self._weight_args(), *self._geometry()))
 
     def dequantize(self) -> Tensor:
         """The weight as fp32 ``[N, K]``, outliers included."""

@@ -4,7 +4,7 @@ Formula, for a weight ``W[N, K]`` of unsigned ``b``-bit codes ``q`` in groups of
 
     W[n, k] = s[n, g] * (q[n, k] - z[n, g])        integer codes; z = 2**(b-1) where there are no zeros
             = s[n, g] * T[q[n, k]]                 codebook T, shared or one a row
-    y = x W^T + S x^T + bias                       S: sparse outliers, fp16 in CSR, added to the dense part
+    y = x W^T + S x^T + bias                       S: sparse outliers, fp16, added to the dense part
 
 ``compute`` says how ``x`` meets the codes. ``"float"``: exact codes times floating-point activations, fp32 accumulation
 (for bf16 activations through BF16 dot products, where the CPU has them). ``"int8"``: activations rounded to int8 in
@@ -22,7 +22,8 @@ Operations (library ``effk``; ``weight`` stands for packed, scales, zeros, codeb
 Shapes and dtypes: x fp32, bf16 or fp16, any leading dimensions, also none and empty ones; made contiguous if it is not.
 packed uint8 ``[tiles, chunks, chunk_bytes]``, scales fp16 or fp32 ``[tiles, groups, 16]``, zeros uint8 of that shape,
 codebook fp32 ``[2**bits]`` or ``[tiles, 2**bits, 16]`` (not at 8 bits), out_ptr int32 ``[n + 1]``, out_col uint16
-``[nnz]`` (int32 when k > 65536), out_val fp16 ``[nnz]``, bias fp32, bf16 or fp16 ``[n]``; all of them contiguous.
+``[nnz]`` (int32 when k > 65536) and out_val fp16 ``[nnz]`` in the order of tiles, bias fp32, bf16 or fp16 ``[n]``; all of
+them contiguous.
 Layout: ``csrc/formats/t16.h``. group_size is 32, 64, 128, 256, or 0 for one group per row.
 
 Errors: RuntimeError naming the operation, the argument, what was expected and what came, before any work.
@@ -42,6 +43,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from effk.formats import csr
 from effk.formats.wq import WqWeight, num_groups
 
 from . import autocast
@@ -77,7 +79,7 @@ class PackedWeight(NamedTuple):
 
 
 def pack(weight: WqWeight) -> PackedWeight:
-    """Canonical form to kernel layout; the outliers are shared, not copied."""
+    """Canonical form to kernel layout; bit for bit inverted by :func:`unpack`."""
     geometry = (weight.n, weight.k, weight.bits, weight.group_size)
     packed, scales, zeros, codebook = torch.ops.effk.wq_pack(
         weight.qweight, weight.scales, weight.zeros, weight.codebook, *geometry
@@ -87,11 +89,34 @@ def pack(weight: WqWeight) -> PackedWeight:
         scales,
         None if weight.zeros is None else zeros,
         None if weight.codebook is None else codebook,
-        weight.out_ptr,
-        weight.out_col,
-        weight.out_val,
+        *_move_outliers(weight.out_ptr, weight.out_col, weight.out_val, inverse=False),
         *geometry,
     )
+
+
+def unpack(packed: PackedWeight) -> WqWeight:
+    """Kernel layout to canonical form."""
+    qweight, scales, zeros = torch.ops.effk.wq_unpack(packed.packed, packed.scales, packed.zeros, *packed.geometry)
+    codebook = packed.codebook
+    if codebook is not None and codebook.dim() == 3:  # [tiles, 2**bits, 16] -> [n, 2**bits]
+        codebook = codebook.transpose(1, 2).reshape(-1, codebook.shape[1])[: packed.n].contiguous()
+    return WqWeight(
+        *packed.geometry,
+        qweight,
+        scales,
+        None if packed.zeros is None else zeros,
+        codebook,
+        *_move_outliers(packed.out_ptr, packed.out_col, packed.out_val, inverse=True),
+    )
+
+
+def _move_outliers(
+    ptr: Tensor | None, col: Tensor | None, val: Tensor | None, inverse: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if ptr is None or col is None or val is None:
+        return ptr, col, val
+    order = csr.tile_order(ptr, TILE_ROWS)
+    return ptr, csr.reorder(col, order, inverse), csr.reorder(val, order, inverse)
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None = None, compute: str = "float") -> Tensor:
