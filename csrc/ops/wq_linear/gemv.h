@@ -98,27 +98,27 @@ template <class D, int Bits, int MR, int NT> void gemv_tiles(const Tile& t, cons
   unroll<NT>([&](auto i) { unroll<MR>([&](auto m) { store_f32(out + (i * MR + m) * 16, y[m][i]); }); });
 }
 
-// Outliers that do not run beside the stream come last and together: between the tiles they would break the stream 256
-// times in a 4096 x 4096 product, and x would have to return to the first-level cache each time.
+// Outliers of one row of x are gathered for a few tiles at a time; others come last and together: between the tiles they would
+// break the stream, and x would have to return to the first-level cache each time.
 template <class D, int Bits, int NT, int Rows> void gemv_run(const Tile& t) {
   const Layout<D, Bits> layout(*t.w, *t.rows);
   alignas(64) float y[(wq::kMaxGemvTiles + NT) * Rows * 16];
   const int m = int(t.rows->m);
   const WqWeight& w = *t.w;
   const auto tiles_from = [&](int i, int wanted) { return t.tiles - i < wanted ? t.tiles - i : wanted; };
-  Streamed outliers;
-  bool streamed = w.out_ptr && !w.col32 && m == 1;
+  Gathered outliers;
+  bool few = w.out_ptr && !w.col32 && m == 1;
   if (w.out_ptr) prefetch_lengths(w, t.tile, 2 * t.tiles);
-  if (streamed && entries_of(w, t.tile, t.tiles) > Streamed::kMax)
-    for (int i = 0; i < t.tiles && streamed; i += NT) streamed = entries_of(w, t.tile + i, tiles_from(i, NT)) <= Streamed::kMax;
+  if (few && entries_of(w, t.tile, t.tiles) > Gathered::kMax)
+    for (int i = 0; i < t.tiles && few; i += NT) few = entries_of(w, t.tile + i, tiles_from(i, NT)) <= Gathered::kMax;
   int gathered = 0;  // tiles
   for (int i = 0; i < t.tiles; i += NT) {
     Tile part = t;
     part.tile = t.tile + i;
     part.tiles = tiles_from(i, NT);
-    if (streamed && i == gathered) {
-      int ahead = Streamed::kTiles;
-      while (ahead > NT && entries_of(w, part.tile, tiles_from(i, ahead)) > Streamed::kMax) ahead /= 2;
+    if (few && i == gathered) {
+      int ahead = Gathered::kTiles;
+      while (ahead > NT && entries_of(w, part.tile, tiles_from(i, ahead)) > Gathered::kMax) ahead /= 2;
       outliers.gather(t, part.tile, tiles_from(i, ahead), w.packed + part.tile * layout.tile_bytes + kGemvAhead);
       gathered += ahead;
     }
@@ -140,10 +140,10 @@ template <class D, int Bits, int NT, int Rows> void gemv_run(const Tile& t) {
         default: gemv_tiles<D, Bits, 8, NT>(part, layout, out);
       }
     }
-    if (streamed)
+    if (few)
       for (int j = 0; j < part.tiles; ++j) store_f32(out + j * 16, add_f(load_f32(out + j * 16), outliers.rows(w, part.tile + j)));
   }
-  finish_tiles<wq::kMaxGemvTiles>(t, 0, m, y, m * 16, w.out_ptr && !streamed);
+  finish_tiles<wq::kMaxGemvTiles>(t, 0, m, y, m * 16, w.out_ptr && !few);
 }
 template <class D, class D8, int NT, int Rows> void gemv_bits(const Tile& t) {
   switch (t.w->bits) {

@@ -35,11 +35,10 @@ EFFK_INLINE void prefetch_lengths(const WqWeight& w, int64_t tile, int tiles) {
   for (int i = 0; i < tiles; ++i) prefetch(w.out_ptr + (tile + i) * 16);
 }
 
-// One row of x and columns of 16 bits: the entries of a few tiles are gathered beside the weight stream of the first of
-// them, some at each span. The stream waits for memory and the gather for caches, so that together they take little longer
-// than the stream. Few tiles, so that the result stays in the first-level cache; not one, because x has to return to it
-// each time (a gather beside every tile: 45 us of a 4096 x 4096 product at 4 bits).
-class Streamed {
+// One row of x and columns of 16 bits: the entries of a few tiles are gathered before the first of them, and the weights to
+// come are fetched meanwhile (a gather inside the loop over spans costs the registers of every span). Few tiles, so that the
+// result stays in the first-level cache; not one, because x has to return to it each time.
+class Gathered {
  public:
   static constexpr int kMax = 4096;  // entries
   static constexpr int kTiles = 8;   // tuned on Zen 5
@@ -104,8 +103,8 @@ constexpr BitNumbers kBitNumbers;
 // Any number of rows of x. The sums of up to kSparseTiles tiles lie in the first-level cache, 256 floats a block:
 //   one row of x: [tile][row of the tile];  2 to 8: [pair of tiles][row of the tile][tile of the pair][8];
 //   more: [tile][row of the tile][16]
-// so that the 16 x 16 values of a block, transposed, are results of many rows of x. First the place of every entry's sum and its value as
-// fp32 are listed, then one loop runs over the entries of all tiles.
+// so that the 16 x 16 values of a block, transposed, are results of many rows of x. First the place of every entry's sum
+// and its value as fp32 are listed, then one loop runs over the entries of all tiles.
 constexpr int kSparseTiles = 8;
 template <class Col, int Width> class Sparse {
  public:
