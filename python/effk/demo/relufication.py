@@ -190,7 +190,7 @@ def main(
         raise typer.BadParameter(f"--loss: expected one of {', '.join(LOSSES)}, got {loss!r}")
     if threads:
         torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # squares of the smallest gradients may be denormal, which processors multiply slowly
+    torch.set_flush_denormal(True)  # squares of the smallest gradients may be denormal, which is slow arithmetic
     model, tokenizer = smollm2()
     how = Training(steps, length, batch, rate, weight, loss, narrow)
     outcome = run(model, tokenizer, how, windows, out, lambda text: print(text, flush=True))
