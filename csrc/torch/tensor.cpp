@@ -147,7 +147,10 @@ class ResultPool {
 
 size_t bytes_of(const int64_t* sizes, int64_t dim, int32_t dtype) {
   const Dtypes& d = dtypes();
-  size_t bytes = dtype == d.f32 || dtype == d.i32 ? 4 : dtype == d.u8 || dtype == d.i8 ? 1 : 2;
+  size_t bytes = 8;  // of an element; 8 are enough for any other type
+  if (dtype == d.u8 || dtype == d.i8) bytes = 1;
+  else if (dtype == d.bf16 || dtype == d.f16 || dtype == d.u16) bytes = 2;
+  else if (dtype == d.f32 || dtype == d.i32) bytes = 4;
   for (int64_t i = 0; i < dim; ++i) bytes *= size_t(sizes[i]);
   return bytes;
 }

@@ -58,6 +58,15 @@ def test_round_trip(values: str) -> None:
             assert torch.equal(bm.unpack(weight), w.float() * scale)
 
 
+def test_masks_of_a_large_layer() -> None:
+    """Masks of 8 MiB: from 2 MiB on packed weights lie in memory of effk's own, which has to hold 8 bytes a mask."""
+    w = torch.zeros(8192, 8192, dtype=torch.int8)
+    w[:, ::64] = 3
+    weight = packed(w, "int8", scale=torch.ones(8192, 1))
+    assert weight.masks.nbytes == 8 << 20 and bool((weight.masks == 1).all())
+    assert torch.equal(codes_of(weight), w)
+
+
 def test_quantising() -> None:
     """The largest kept magnitude of a group is 127; a kept mask limits who counts; codes of 0 are not stored."""
     w = sparse(20, 200, 0.5)
