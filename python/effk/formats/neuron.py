@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..ops.relu_ffn import ROWS, groups
+from . import large_pages
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GROUPS = (0, 32, 64, 128)
@@ -53,7 +54,7 @@ def to_stored(packed: Tensor, scales: Tensor | None, rows: str, d: int) -> dict[
 
 
 def from_stored(stored: dict[str, Tensor], rows: str, d: int) -> tuple[Tensor, Tensor | None]:
-    """Packed rows and scales; inverse of :func:`to_stored`.
+    """Packed rows and scales, in large pages as ``relu_ffn_pack`` would make them; inverse of :func:`to_stored`.
 
     Raises:
         ValueError: values that are not finite.
@@ -63,11 +64,10 @@ def from_stored(stored: dict[str, Tensor], rows: str, d: int) -> tuple[Tensor, T
             raise ValueError(f"{name}: expected finite values, got NaN or Inf")
     if rows in DTYPES:
         return torch.ops.effk.relu_ffn_pack(stored["weight"].contiguous(), False, rows, 0)[0], None
-    codes = stored["codes"]
+    codes, scales = stored["codes"], large_pages.moved(stored["scales"])
     if rows == "int8":
-        padded = torch.nn.functional.pad(codes, (0, -d % 64))
-        return padded.view(torch.uint8).contiguous(), stored["scales"]
+        return large_pages.moved(torch.nn.functional.pad(codes, (0, -d % 64)).view(torch.uint8)), scales
     nibbles = torch.stack([codes & 15, codes >> 4], -1).flatten(1)[:, :d].to(torch.int32)
     nibbles = torch.nn.functional.pad(nibbles, (0, -d % 128), value=8).reshape(len(codes), -1, 8, 16)
     words = (nibbles << (4 * torch.arange(8, dtype=torch.int32))[:, None]).sum(2, dtype=torch.int32)
-    return words.flatten(1).contiguous().view(torch.uint8), stored["scales"]
+    return large_pages.moved(words.flatten(1).view(torch.uint8)), scales

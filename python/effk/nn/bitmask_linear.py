@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..formats import large_pages
 from ..formats.bitmask import BitmaskTensor
 from ..ops import bitmask_linear as op
 from .frozen import FrozenDtypes
@@ -123,5 +124,5 @@ class BitmaskLinear(FrozenDtypes):
             for name in self.format_buffers:  # as many values as come
                 t = state_dict.get(prefix + name)
                 if isinstance(t, Tensor):
-                    self._buffers[name] = torch.empty_like(t)
+                    self._buffers[name] = large_pages.empty_like(t)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)

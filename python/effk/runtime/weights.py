@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..formats import large_pages
 from ..nn import QuikLinear, WqLinear
 from ..nn.relu_ffn import SparseFFN
 from ..nn.wq_embedding import WqTiedHead
@@ -18,7 +17,7 @@ from .errors import UnsupportedModel
 
 _OPS = torch.ops.effk
 _FORMS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_ALIGN, _LARGE_PAGE = 64, 2 << 20
+_ALIGN = 64
 
 
 @dataclass
@@ -99,13 +98,7 @@ def move_together(weights: Sequence[Weight]) -> int:
     total = sum(-(-t.nbytes // _ALIGN) * _ALIGN for t in moves.values())
     if total == 0:
         return 0
-    # Private: the system gives shared memory no large pages unless it was told to (shmem_enabled).
-    block = mmap.mmap(-1, total + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
-    memory = np.frombuffer(block, dtype=np.uint8)
-    room = torch.from_numpy(memory)
-    at = -memory.ctypes.data % _LARGE_PAGE
+    room, at = large_pages.reserve(-(-total // large_pages.PAGE) * large_pages.PAGE), 0
     for weight in weights:
         for name in weight.streams:
             old = getattr(weight.module, name)
