@@ -6,7 +6,9 @@ import math
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerFast
 
 from effk import data
 from effk.compress.evaluate import perplexity, token_windows
@@ -19,6 +21,16 @@ class Characters:
     def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         assert not add_special_tokens
         return {"input_ids": [ord(c) % VOCABULARY for c in text]}
+
+
+def words() -> PreTrainedTokenizerFast:
+    """Bytes and four merges, so that the tokens of a word depend on the space before it and on where the text was cut."""
+    merges = [("a", "t"), ("t", "h"), ("th", "e"), ("Ġ", "the")]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 class Fixed(nn.Module):
@@ -69,6 +81,27 @@ def test_token_windows() -> None:
     spread = token_windows(Characters(), text[:97], 4, 4, spread=True)
     assert spread[:, 0].tolist() == [0, 31, 62, 93], "the last window ends with the text"
     assert token_windows(Characters(), text, 4, 1, spread=True).tolist() == [[0, 1, 2, 3]]
+
+
+def test_windows_are_of_one_tokenization_of_the_text_as_it_is() -> None:
+    """From its first space on, nothing lost between windows or in words that lie in two of them, and cut nowhere: an odd
+    length of line, so that pieces of any even size would end in the midst of tokens."""
+    tokenizer, text = words(), "  the cat, the hat\n" * 400
+    line = ["Ġ", "Ġthe", "Ġ", "c", "at", ",", "Ġthe", "Ġ", "h", "at", "Ċ"]
+    windows = token_windows(tokenizer, text, 5, 880)
+    assert tokenizer.convert_ids_to_tokens(windows.flatten().tolist()) == line * 400
+    assert tokenizer.decode(windows.flatten()) == text
+    spread = token_windows(tokenizer, text[: 3 * 19], 5, 4, spread=True)
+    assert [tokenizer.decode(w) for w in spread] == ["  the cat", "at\n  the ", " hat\n ", ", the hat"]
+
+    class Recorder(Fixed):
+        def forward(self, input_ids: Tensor, use_cache: bool):
+            seen.extend(input_ids.tolist())
+            return super().forward(input_ids, use_cache)
+
+    seen: list[list[int]] = []
+    perplexity(Recorder(torch.zeros(300)), tokenizer, text, context=5, windows=880, batch=64)
+    assert seen == windows.tolist()
 
 
 @pytest.mark.parametrize(
