@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .baselines import torch_relu_ffn as theirs
 from .fftconv_bars import TIERS
-from .relu_ffn import DENSE, LINEAR, NAME
+from .relu_ffn import DENSE, LINEAR, LISTED, NAME
 from .relu_problem import BATCH, DOWN, LAYER, PROMPT
 from .report import Row, shape_name
 from .verdict import Finding, Verdict
@@ -72,7 +72,8 @@ def judge(rows: Sequence[Row], threads: int) -> Iterator[Verdict]:
     yield verdict("skipping, gated, int8 and int4, density 0.1: x reading all", QUANTISED, quantised, dense)
     yield verdict("8 tokens, union 0.3: x reading all", BATCHED, ours(BATCH), dense)
     for types, name in ((("fp32", "bf16"), theirs.BAG), (("int8", "int4"), theirs.BYTES)):
-        found = ours(DOWN, *types)
-        title, extra = f"rows of down, {' and '.join(types)}: x {name}", name != theirs.BAG
-        yield verdict(title, BAG.get(threads, 1.0), found, against(name), extra)
+        title, extra = f"rows of down, {' and '.join(types)}", name != theirs.BAG
+        least, given = BAG.get(threads, 1.0), ours(DOWN, *types, name=LISTED)
+        yield verdict(f"{title}, list given to both: x {name}", least, given, against(name), extra)
+        yield verdict(f"{title}, list found too: x {name}", least, ours(DOWN, *types), against(name), True)
     yield verdict("prompts, bf16: x dense_linear", 1.0, ours(PROMPT, "bf16"), against(LINEAR), True)

@@ -1,4 +1,4 @@
-"""Our relu_ffn and the rows of down alone, skipping and reading all, and the layer made of our dense products."""
+"""Our relu_ffn and the rows of down alone, skipping, reading all and by a given list; the layer made of our dense products."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import effk
 
 from .relu_problem import PROMPT, Made, Packed, Problem
 
-NAME, DENSE, LINEAR = "effk relu_ffn", "effk relu_ffn dense", "effk dense_linear"
+NAME, DENSE, LISTED, LINEAR = "effk relu_ffn", "effk relu_ffn dense", "effk rows_axpy", "effk dense_linear"
 VERSION = effk.__version__
 ops = torch.ops.effk
 
@@ -37,6 +37,23 @@ def down(problem: Problem, dense: bool = False) -> Made:
     def call(i: int) -> Tensor:
         rows, scales = w.copies[i % len(w.copies)][0]
         return ops.input_sparse_linear(inputs[problem.list_of(i)], rows, scales, None, None, w.rows, w.layer.d)[0]
+
+    return Made(call, problem.match("fp32"))
+
+
+def listed(problem: Problem, kind: str) -> Made | None:
+    """The rows of down with the list of neurons there already, as embedding_bag has it."""
+    w = problem.weights
+    if not w.alone:
+        return None
+    index = [part.int() for part in problem.lists]
+    values = [h[:, part].contiguous() for h, part in zip(problem.hidden, problem.lists, strict=True)]
+    counts = [torch.tensor([len(part)], dtype=torch.int32) for part in problem.lists]
+
+    def call(i: int) -> Tensor:
+        rows, scales = w.copies[i % len(w.copies)][0]
+        n = problem.list_of(i)
+        return ops.rows_axpy(values[n], index[n], counts[n], rows, scales, None, w.rows, w.layer.d, "fp32")
 
     return Made(call, problem.match("fp32"))
 

@@ -66,6 +66,7 @@ def entries(plan: Plan, kind: str) -> list[Entry]:
     for tier in plan.tiers[: None if kind == f"layer {rows}" else 1]:
         found.append(Entry(relu_ffn.NAME, relu_ffn.VERSION, relu_ffn.ours, rows, None, tier))
         found.append(Entry(relu_ffn.DENSE, relu_ffn.VERSION, relu_ffn.dense, rows, 1.0, tier))
+    found.append(Entry(relu_ffn.LISTED, relu_ffn.VERSION, relu_ffn.listed, rows, None, plan.tiers[0]))
     found.append(Entry(relu_ffn.LINEAR, relu_ffn.VERSION, relu_ffn.linear, "bf16", 1.0, plan.tiers[0]))
     if plan.baselines:
         t = theirs

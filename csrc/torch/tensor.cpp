@@ -6,6 +6,7 @@
 #endif
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -145,6 +146,73 @@ class ResultPool {
   size_t kept_ = 0, limit_ = size_t(64) << 20;
 };
 
+// Weights side by side in blocks of large pages, one behind the other as they come. What is given back is used again only where it was
+// the last of its block; a large page that holds no weight any more goes back to the system.
+class WeightBlocks {
+ public:
+  static constexpr size_t kPage = ResultPool::kPage, kBlock = 16 * kPage, kLargest = kBlock / 4, kSmallest = size_t(4) << 10;
+
+  static WeightBlocks& instance() {
+    static WeightBlocks& blocks = *new WeightBlocks;  // never destroyed, as above
+    return blocks;
+  }
+  void* take(size_t bytes) {
+    const size_t size = (bytes + 63) / 64 * 64;
+    const std::lock_guard<std::mutex> hold(mutex_);
+    if (!current_ || kBlock - blocks_[current_].end < size) {
+      char* data = static_cast<char*>(std::aligned_alloc(kBlock, kBlock));
+      if (!data) throw std::bad_alloc();
+      ask_for_large_pages(data, kBlock);
+      char* full = std::exchange(current_, data);
+      blocks_[data];
+      if (full) drop_if_empty(full);
+    }
+    Block& block = blocks_[current_];
+    char* at = current_ + block.end;
+    block.end += size;
+    sizes_[at] = size;
+    for (size_t page = size_t(at - current_) / kPage; page <= (block.end - 1) / kPage; ++page) ++block.held[page];
+    return at;
+  }
+  void give(void* data) {
+    const std::lock_guard<std::mutex> hold(mutex_);
+    const auto it = sizes_.find(static_cast<char*>(data));
+    char* base = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(data) / kBlock * kBlock);
+    Block& block = blocks_[base];
+    const size_t begin = size_t(it->first - base), end = begin + it->second;
+    sizes_.erase(it);
+    if (end == block.end) block.end = begin;
+    for (size_t page = begin / kPage; page <= (end - 1) / kPage; ++page)
+      if (--block.held[page] == 0) give_back(base + page * kPage);
+    drop_if_empty(base);
+  }
+
+ private:
+  struct Block {
+    size_t end = 0;                        // where the next weight goes
+    std::array<int, kBlock / kPage> held{};  // weights in each large page
+  };
+  static void give_back(char* page) {
+#if defined(__linux__)
+    madvise(page, kPage, MADV_DONTNEED);
+#else
+    (void)page;
+#endif
+  }
+  void drop_if_empty(char* base) {
+    Block& block = blocks_[base];
+    if (std::any_of(block.held.begin(), block.held.end(), [](int n) { return n > 0; })) return;
+    block.end = 0;
+    if (base == current_) return;
+    blocks_.erase(base);
+    std::free(base);
+  }
+  std::mutex mutex_;
+  std::unordered_map<char*, Block> blocks_;
+  std::unordered_map<char*, size_t> sizes_;
+  char* current_ = nullptr;
+};
+
 size_t bytes_of(const int64_t* sizes, int64_t dim, int32_t dtype) {
   const Dtypes& d = dtypes();
   size_t bytes = 8;  // of an element; 8 are enough for any other type
@@ -178,7 +246,9 @@ Tensor result(const int64_t* sizes, int64_t dim, int32_t dtype) {
 
 Tensor weights(const int64_t* sizes, int64_t dim, int32_t dtype) {
   const size_t bytes = bytes_of(sizes, dim, dtype), page = ResultPool::kPage;
-  if (bytes < page) return empty(sizes, dim, dtype);
+  if (bytes < WeightBlocks::kSmallest) return empty(sizes, dim, dtype);
+  if (bytes <= WeightBlocks::kLargest)
+    return adopt(WeightBlocks::instance().take(bytes), sizes, dim, dtype, [](void* p, void*) { WeightBlocks::instance().give(p); });
   void* data = std::aligned_alloc(page, (bytes + page - 1) / page * page);
   if (!data) throw std::bad_alloc();
   ask_for_large_pages(data, bytes / page * page);  // what is left over stays in small ones, or up to 2 MB would be wasted
