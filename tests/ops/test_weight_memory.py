@@ -17,10 +17,10 @@ on_linux = pytest.mark.skipif(
 SHARED = 8 << 20  # larger weights have memory of their own
 
 
-def total(key: str) -> int:
-    """Bytes of all mappings."""
+def large_pages() -> int:
+    """Bytes of the process in large pages."""
     lines = SMAPS.read_text().splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
 
 
 def packed(rows: int, value: int) -> Tensor:
@@ -31,23 +31,22 @@ def packed(rows: int, value: int) -> Tensor:
 @on_linux
 def test_small_weights_share_large_pages() -> None:
     gc.collect()
-    large, before = total("AnonHugePages"), total("Rss")
+    before = large_pages()
     held = [packed(300, 1) for _ in range(80)]  # 460 KB each
     size = sum(w.numel() for w in held)
-    assert total("AnonHugePages") - large > 0.8 * size
-    assert total("Rss") - before < size + (4 << 20)
+    assert 0.8 * size < large_pages() - before < size + (4 << 20)
     del held
-    assert total("Rss") - before < (4 << 20)
+    assert large_pages() - before < (4 << 20)
 
 
 @on_linux
 def test_what_is_freed_among_others_goes_back() -> None:
     gc.collect()
-    before = total("AnonHugePages")
+    before = large_pages()
     held = [packed(3000, number) for number in range(24)]  # 4.6 MB each
     rest = held[::4]
     del held
-    assert total("AnonHugePages") - before < sum(w.numel() for w in rest) + len(rest) * (4 << 20)
+    assert large_pages() - before < sum(w.numel() for w in rest) + len(rest) * (4 << 20)
     assert all(bool((w.view(torch.bfloat16) == 4 * number).all()) for number, w in enumerate(rest))
 
 
