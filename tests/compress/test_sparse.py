@@ -89,6 +89,36 @@ def test_exact_models_stay_what_they_are(name: str, tmp_path: Path) -> None:
         assert all(ffn.gate == "gelu_gauss" for ffn in sparse_ffns(model).values())
 
 
+@torch.no_grad()
+def decoded(model: nn.Module, prompt: Tensor, following: Tensor) -> Tensor:
+    """Logits behind the prompt and each of the following tokens, one by one with a cache."""
+    out = model(prompt, use_cache=True)
+    logits = [out.logits[:, -1]]
+    for i in range(following.shape[1]):
+        out = model(following[:, i : i + 1], past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits, 1)
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon", "opt"])
+def test_decoding_is_exact(name: str) -> None:
+    """48 tokens of the dense model's own: the same logits at every one of them, and the same next token but for ties."""
+    model = small_model(name) if name == "opt" else model_with_zeros(name)
+    following = model.generate(IDS[:1, :6], max_new_tokens=48, do_sample=False, eos_token_id=None)[:, 6:]
+    expected = decoded(model, IDS[:1, :6], following)
+    effk.compress(model, Relufy())
+    for ffn in sparse_ffns(model).values():
+        ffn.counting = True
+    got = decoded(model, IDS[:1, :6], following)
+    for ffn in sparse_ffns(model).values():
+        report = ffn.density_report()
+        assert report.tokens == 54 and 0 < report.mean < 0.9, "neurons are skipped"
+    assert float((got - expected).abs().max() / expected.abs().max()) < 2e-5  # as for a prompt
+    best = expected.topk(2, -1).values
+    clear = best[..., 0] - best[..., 1] > 4e-5 * expected.abs().max()
+    assert torch.equal(got.argmax(-1)[clear], expected.argmax(-1)[clear]) and float(clear.float().mean()) > 0.9
+
+
 def test_gemma3n_in_bf16_takes_the_rounded_quantile() -> None:
     model = model_with_zeros("gemma3n").bfloat16()
     block = model.model.layers[0].mlp

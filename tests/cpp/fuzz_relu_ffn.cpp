@@ -1,5 +1,5 @@
-// Random calls of relu_ffn and input_sparse on every tier, in guarded memory, against sums in double precision. A neuron whose gate
-// lies so near its threshold that rounding decides counts as uncertain: the bound of y has room for it, and nnz too.
+// Random calls of relu_ffn, input_sparse and nz_compact on every tier, in guarded memory, against sums in double precision. A neuron
+// whose gate lies so near its threshold that rounding decides counts as uncertain: the bound of y has room for it, and nnz too.
 //   fuzz_relu_ffn [calls [first seed]]
 #include <algorithm>
 #include <cmath>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "fuzz.h"
+#include "ops/neuron_lists/neuron_lists.h"
 #include "ops/relu_ffn/relu_ffn.h"
 
 namespace {
@@ -376,8 +377,37 @@ void sparse_inputs(Random& r, Memory& m) {
   expect_same("rows of inputs that are off are read", r, m, a, a.d_out, &input_sparse_workspace, &input_sparse, first);
 }
 
+// The list of what is left of x: nothing is written behind a list as long as x, whatever is kept.
+void compacted(Random& r, Memory& m) {
+  neuron_lists::CompactArgs a{};
+  a.dtype = DType(r.below(3)), a.tokens = 1 + r.below(3), a.n = 1 + r.below(r.chance(90) ? 130 : 2000);
+  const int zeros = r.chance(30) ? 0 : int(r.below(101));
+  const Values x = values(r, m.x, a.dtype, a.tokens * a.n, [&] { return r.chance(zeros) ? 0.0f : r.normal(); });
+  a.x = x.at;
+  if (r.chance(50)) {
+    a.threshold_each = a.n > 1 && r.chance(50);
+    a.threshold = values(r, m.param, DType::f32, a.threshold_each ? a.n : 1, [&] { return std::fabs(r.normal()); }).floats();
+  }
+  a.index = place<int32_t>(r, m.mask, a.tokens * a.n), a.value = place<float>(r, m.y, a.tokens * a.n), a.count = place<int32_t>(r, m.nnz, a.tokens);
+  neuron_lists::compact(a, room(m.workspace, neuron_lists::compact_workspace(a)), random_pool(r));
+  expect_intact("a list is written outside", {&m.x, &m.mask, &m.y, &m.nnz, &m.workspace});
+  for (int64_t t = 0; t < a.tokens; ++t) {
+    int64_t at = t * a.n;
+    for (int64_t j = 0; j < a.n; ++j) {
+      const double v = x.value[size_t(t * a.n + j)];
+      if (std::fabs(v) <= (a.threshold ? a.threshold[a.threshold_each ? j : 0] : 0)) continue;
+      if (a.index[at] != j || a.value[at] != float(v)) fail("a list");
+      ++at;
+    }
+    if (a.count[t] != at - t * a.n) fail("length of a list");
+    for (; at < (t + 1) * a.n; ++at)
+      if (a.index[at] != -1 || a.value[at] != 0) fail("behind a list");
+  }
+}
+
 void one_call(Random& r, Memory& m) {
   random_tier(r);
+  if (r.chance(5)) return compacted(r, m);
   r.chance(75) ? layer(r, m) : sparse_inputs(r, m);
 }
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import signal
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dyad_cases import same_bits
+from effk import isa
 from effk.ops import bitmask_linear as bm
 
 OPS = torch.ops.effk
@@ -126,8 +130,6 @@ def test_integer_product(tier: str) -> None:
 
 
 def test_tiers_agree_in_integers() -> None:
-    from effk import isa
-
     weight, x = packed(sparse(40, 700, 0.5), "int8", 128), torch.randn(5, 700)
     results = []
     for tier in isa.supported():
@@ -192,6 +194,67 @@ def test_same_bits_alone_and_in_company(tier: str, values: str) -> None:
             assert same_bits(bm.linear(x, weight, None, compute), all_rows)
             assert same_bits(bm.linear(x[:1].contiguous(), weight, None, compute), all_rows[:1])
         torch.set_num_threads(1)
+
+
+def test_full_and_empty_rows_side_by_side(tier: str) -> None:
+    """In one panel, with signs that alternate: full words where most have few bits, and none where most have many."""
+    keep = torch.rand(24, 400) < torch.tensor([0.0, 1.0, 0.1, 0.9, 0.0, 0.05, 1.0, 0.0] * 3)[:, None]
+    keep[16:, 64:] &= torch.rand(8, 336) < 0.2  # few of the panel's values, its first words full
+    signs = (-1.0) ** torch.arange(400)
+    w, x = keep * signs * torch.randint(1, 4, (24, 400)), signs * torch.randint(-3, 4, (9, 400))
+    expected = x @ w.T  # integers below 2^24: exact in every order
+    for values in bm.VALUES:
+        given = (w.to(torch.int8), torch.ones(24, 1)) if values == "int8" else (w, None)
+        weight = packed(given[0], values, scale=given[1])
+        for m in (1, 2, 9):
+            assert torch.equal(bm.linear(x[:m], weight), expected[:m]), values
+    weight = packed(w.to(torch.int8), "int8", scale=torch.ones(24, 1))
+    codes, sx = bm.quantize(x)
+    for m in (1, 2, 9):
+        exact = (codes.float() @ w.T)[:m] * sx[:m].reshape(-1, 1)
+        assert torch.equal(bm.linear(x[:m], weight, None, "int8"), exact.float())
+
+
+GUARDED = """
+import ctypes, itertools, mmap, sys
+import torch
+from effk import isa
+from effk.ops import bitmask_linear as bm
+
+torch.set_num_threads(1)
+tiers, visible = sys.argv[1].split(","), int(sys.argv[2])  # bytes behind the values that may be read
+room = 1 << 20
+memory = mmap.mmap(-1, room + mmap.PAGESIZE)
+start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + room), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+for values, (n, k), share in itertools.product(bm.VALUES, ((1, 1), (9, 70), (16, 320), (24, 1100)), (0.1, 0.9)):
+    w = torch.randn(n, k) * (torch.rand(n, k) < share)
+    weight = bm.pack(w, values=values)
+    size = weight.values.nbytes - 64
+    at = room - visible - size
+    end = torch.frombuffer(memory, dtype=torch.uint8, count=size + 64, offset=at).view(weight.values.dtype)
+    ctypes.memmove(start + at, weight.values.data_ptr(), size + visible)
+    for name, m in itertools.product(tiers, (1, 2, 3, 9, 40)):
+        for compute in ("float", "int8") if values == "int8" else ("float",):
+            with isa.use(name):
+                x = torch.randn(m, k)
+                assert torch.equal(bm.linear(x, weight._replace(values=end), None, compute), bm.linear(x, weight, None, compute))
+print("read")
+"""
+
+
+def guarded(tiers: str, visible: int) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", "-c", GUARDED, tiers, str(visible)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def test_nothing_is_read_behind_the_tail() -> None:
+    """64 bytes behind the values a page begins that nobody may read; without those bytes the fastest tier runs into it."""
+    tiers = isa.supported()
+    done = guarded(",".join(tiers), 64)
+    assert done.returncode == 0 and done.stdout == "read\n", done.stderr
+    if tiers[-1] != "scalar":
+        assert guarded(tiers[-1], 0).returncode == -signal.SIGSEGV
 
 
 def test_shapes() -> None:

@@ -7,37 +7,114 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 
 from effk.ops import relu_ffn as rf
-from relu_cases import OPS, Layer, check, check_input_sparse, value_of
+from relu_cases import OPS, STORE, Layer, check, check_input_sparse, value_of
 
 
 def threads(n: int) -> None:
     torch.set_num_threads(n)
 
 
+FIXTURE = (
+    torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 2, -1], [1, 1, 2, 1.0]]),
+    torch.tensor([[2, 1, 0, 0], [1, 1, 1, 1], [0, 0, 4, 0], [0, 1, 0, 1.0]]),
+    torch.tensor([[1, 2, 3, 4], [9, 9, 9, 9], [5, 5, 5, 5], [1, -1, 0, 2.0]]),
+)
+FIXTURE_X = torch.tensor([[1, -2, 0.5, 3, 0], [-1, 1, 1, 0, 0]])
+
+
+def fixture(rows: str, gated: bool = True) -> Layer:
+    """The layer of section 8.2, with a fifth column that meets a zero in x and holds the largest code: scales are 1 and codes
+    exact, but for the row of nines in int4 (scale 9 / 7)."""
+    layer = Layer(5, 4, rows, gated=gated, biases=False)
+    for i in range(0 if gated else 1, 3):
+        wide = torch.nn.functional.pad(FIXTURE[i], (0, 1), value=127 if rows == "int8" else 7)
+        w, scales = OPS.relu_ffn_pack(wide, False, rows, 0)
+        layer.packed[i] = w, scales if scales.numel() else None
+    return layer
+
+
+@pytest.mark.parametrize("rows", rf.ROWS)
 @pytest.mark.parametrize("gate", rf.GATES)
-def test_fixture_of_the_specification(tier: str, gate: str) -> None:
-    wg = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 2, -1], [1, 1, 2, 1.0]])
-    wu = torch.tensor([[2, 1, 0, 0], [1, 1, 1, 1], [0, 0, 4, 0], [0, 1, 0, 1.0]])
-    wdt = torch.tensor([[1, 2, 3, 4], [9, 9, 9, 9], [5, 5, 5, 5], [1, -1, 0, 2.0]])
-    x = torch.tensor([[1, -2, 0.5, 3], [-1, 1, 1, 0]])
-    rows = [OPS.relu_ffn_pack(w, False, "fp32", 0)[0] for w in (wg, wu, wdt)]
+def test_fixture_of_the_specification(tier: str, gate: str, rows: str) -> None:
     param = {"shifted_relu": 0.5, "fatrelu": 1.5, "silu_threshold": 0.25, "gelu_gauss": 0.6744898, "top_k": 1.0}.get(
         gate
     )
-    y, nnz = OPS.relu_ffn(
-        x, *rows, *[None] * 6, "fp32", gate, None if param is None else torch.tensor([param]), None, 1, "auto"
-    )
+    y, nnz = fixture(rows).run(FIXTURE_X, gate, None if param is None else torch.tensor([param]), mode="auto")
     want = {
         "relu": ([3, -3, 0, 6], 2), "relu2": ([9, -9, 0, 18], 2), "shifted_relu": ([2.5, -2.5, 0, 5], 2), "fatrelu": ([3, -3, 0, 6], 1),
         "drelu": ([3, -3, 0, 6], 2), "silu_threshold": ([2.857722, -2.857722, 0, 5.715445], 2),
         "gelu_gauss": ([1.477508, -1.477508, 0, 2.955016], 1), "top_k": ([3, -3, 0, 6], 1),
     }[gate]  # fmt: skip
-    assert torch.allclose(y[0], torch.tensor(want[0]).float(), atol=1e-5)
+    assert torch.allclose(y[0, :4], torch.tensor(want[0]).float(), atol=1e-5)
     assert nnz[0] == want[1]
     if gate == "relu":
-        assert y[1].tolist() == [51, 47, 49, 53] and nnz[1] == 3
+        assert torch.allclose(y[1, :4], torch.tensor([51.0, 47, 49, 53]), atol=1e-5) and nnz[1] == 3
+
+
+@pytest.mark.parametrize("rows", rf.ROWS)
+def test_fixture_with_biases_and_without_a_gate(tier: str, rows: str) -> None:
+    layer = fixture(rows)
+    layer.biases = [torch.tensor(b) for b in ([-2.0, 0, 0, 0], [0.0, 0, 0, 1], [1.0, 1, 1, 1, 0])]
+    y, nnz = layer.run(FIXTURE_X[:1], "relu", None)
+    assert y[0, :4].tolist() == [7, -5, 1, 13] and nnz[0] == 1  # g = (-1, -2, -2, 3), u_3 = 2
+    y, nnz = fixture(rows, gated=False).run(FIXTURE_X[:1], "relu", None)  # h = u = (0, 2.5, 2, 1)
+    assert torch.allclose(y[0, :4], torch.tensor([33.5, 31.5, 32.5, 34.5]), atol=1e-5) and nnz[0] == 3
+
+
+def threshold_at(gates: Tensor, density: float) -> Tensor:
+    """A threshold that lets the share of all gates through, in the middle of the widest gap near there."""
+    order = gates.flatten().sort().values
+    cut, n = round((1 - density) * order.numel()), order.numel()
+    if density in (0.0, 1.0) or not 0 < cut < n:
+        return order[-1:] + 1 if density < 0.5 else order[:1] - 1
+    low, high = max(0, cut - 1 - n // 50), min(n - 1, cut + n // 50)
+    at = low + int(order[low : high + 1].diff().argmax())
+    return (order[at : at + 1] + order[at + 1]) / 2
+
+
+def test_sweep_of_sizes(tier: str) -> None:
+    """Odd and large sides, no token to eight, no neuron active to all of them."""
+    sizes = [*itertools.product((64, 100, 128, 768, 2048, 4096, 4100), (1, 7, 16, 17, 64))]
+    sizes += [(64, 3072), (100, 3072), (64, 11008)]
+    for i, (d, f) in enumerate(sizes):
+        tokens, density = (0, 1, 2, 3, 5, 8)[i % 6], (0.0, 1 / f, 0.05, 0.33, 0.9, 1.0)[(i + i // 6) % 6]
+        rows = rf.ROWS[i % 5]
+        layer = Layer(d, f, rows, 32 if rows == "int4" and i % 2 else 0, gated=i % 3 != 1)
+        x = torch.randn(tokens, d).to((torch.float32, torch.bfloat16, torch.float16)[i % 3])
+        w, bias = (layer.plain[1], layer.biases[1]) if layer.plain[0] is None else (layer.plain[0], layer.biases[0])
+        gates = torch.nn.functional.linear(x.double(), w.double(), bias.double())
+        param = threshold_at(gates, density).float() if tokens else torch.zeros(1)
+        assert layer.far_from_cuts(x, "shifted_relu", param)
+        y = check(layer, x, "shifted_relu", param)
+        if density == 0:
+            assert torch.equal(y, layer.biases[2].to(x.dtype).expand(tokens, -1)), "the bias of down, exactly"
+
+
+def test_extreme_quantiles(tier: str) -> None:
+    """A cut 20 deviations below the mean lets all through, above it none."""
+    layer, x = Layer(96, 300), torch.randn(3, 96)
+    for z, active in ((-20.0, 300), (20.0, 0)):
+        check(layer, x, "gelu_gauss", torch.tensor([z]))
+        y, nnz = layer.run(x, "gelu_gauss", torch.tensor([z]))
+        assert nnz.tolist() == [active] * 3
+    assert torch.equal(y, layer.biases[2].expand(3, -1))
+
+
+@pytest.mark.parametrize("rows", rf.ROWS)
+def test_the_order_of_neurons_is_free(tier: str, rows: str) -> None:
+    """Rows, their scales and biases permuted alike: the same up to the order of the sum over neurons."""
+    layer, x, param = Layer(96, 300, rows, 32 if rows == "int4" else 0), torch.randn(3, 96), torch.rand(300)
+    y, nnz = layer.run(x, "fatrelu", param)
+    order = torch.randperm(300)
+    layer.packed = [(w[order].contiguous(), None if s is None else s[order].contiguous()) for w, s in layer.packed]
+    layer.biases = [layer.biases[0][order], layer.biases[1][order], layer.biases[2]]
+    again, count = layer.run(x, "fatrelu", param[order])
+    assert torch.equal(nnz, count)
+    bound = layer.bound(x, "fatrelu", param)  # does not depend on the order
+    assert bool(((y - again).abs() <= 2 * (bound + STORE[x.dtype] * y.abs())).all())
 
 
 @pytest.mark.emulated
@@ -135,7 +212,11 @@ def test_masks(tier: str, gate: str) -> None:
         spare = bits % 8
         if spare:
             mask[:, -1] &= (1 << spare) - 1
-        check(layer, torch.randn(tokens, 96), gate, value_of(gate, 300), mask, group)
+        x = torch.randn(tokens, 96)
+        y = check(layer, x, gate, value_of(gate, 300), mask, group)
+        if shared:
+            each = mask.expand(tokens, -1).contiguous()
+            assert torch.equal(layer.run(x, gate, value_of(gate, 300), each, group)[0], y), "a mask a token"
     x = torch.randn(2, 96)
     ones = torch.full((1, 38), 255, dtype=torch.uint8)
     ones[0, -1] = (1 << 300 % 8) - 1
@@ -149,7 +230,7 @@ def test_same_bits_whatever_the_threads_and_the_batch(tier: str, rows: str) -> N
     layer = Layer(520, 900, rows, 64 if rows in ("int8", "int4") else 0)
     x = torch.randn(11, 520)
     first = layer.run(x, "relu", None)[0]
-    for n in (2, 3, 7):
+    for n in (1, 2, 3, 5, 8, 16):
         threads(n)
         assert torch.equal(layer.run(x, "relu", None)[0], first), n
     threads(1)
@@ -261,6 +342,8 @@ def test_shapes_for_compilers() -> None:
     )
     compiled = torch.compile(lambda x: OPS.relu_ffn(x, *arguments[1:])[0] + 1, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), OPS.relu_ffn(*arguments)[0] + 1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # leaves it alone
+        assert torch.equal(OPS.relu_ffn(*arguments)[0] + 1, compiled(x))
 
 
 def test_no_gradient() -> None:

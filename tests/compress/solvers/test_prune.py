@@ -67,6 +67,11 @@ def test_dead_columns_become_zero() -> None:
     x[:, [3, 200]] = 0
     pruned = prune.sparsegpt(w, x.t() @ x, 0.5)[0]
     assert not pruned[:, [3, 200]].any() and pruned.isfinite().all()
+    assert all(int((block == 0).sum()) == block.numel() // 2 for block in pruned.split(128, 1)), "they count as zeros"
+    x[:, 40:43] = 0  # three of four: one is left, and the pattern holds all the same
+    pruned = prune.sparsegpt(w, x.t() @ x, 0.5, "2:4")[0]
+    kept = (pruned.view(48, -1, 4) != 0).sum(2)
+    assert bool((kept[:, 10] == 1).all()) and int(kept.max()) == 2 and pruned.isfinite().all()
 
 
 @pytest.mark.parametrize("group", (0, 64))
