@@ -129,7 +129,13 @@ def windows_of(tokenizer: Any, how: Training) -> list[Tensor]:
 
 
 def run(
-    model: nn.Module, tokenizer: Any, how: Training, windows: int, out: Path | None = None, say: Any = print
+    model: nn.Module,
+    tokenizer: Any,
+    how: Training,
+    windows: int,
+    out: Path | None = None,
+    say: Any = print,
+    decoded: int = 48,
 ) -> Outcome:
     """Swap, train, save to ``out``, and measure; the model is compressed at the end."""
     held = token_windows(tokenizer, evaluation_text(), how.length, windows, spread=True)
@@ -145,8 +151,7 @@ def run(
         model.config.hidden_act = "relu"  # what the swapped modules compute: transformers alone loads the model
         model.save_pretrained(out)
         tokenizer.save_pretrained(out)
-    count = min(48, how.length // 2)
-    report, outcome.speed = measure_speed(model, Relufy(), held[:1, : how.length // 4], count, held)
+    report, outcome.speed = measure_speed(model, Relufy(), held[:1, : how.length // 4], decoded, held)
     outcome.density = {name: found.density.mean for name, found in report.measured.items()}
     return outcome
 
@@ -170,6 +175,7 @@ def table(outcome: Outcome) -> list[str]:
         ]
         lines.append("| tokens/s | " + " | ".join(f"{v:.1f}" for v in s.tokens_per_second.values()) + " |")
         lines.append("| one network, us |  | " + " | ".join(f"{v:.0f}" for v in s.ffn_us.values()) + " |")
+        lines += ["", f"Largest difference of a logit, skipping: {s.largest_error:.1e} of the largest."]
     return lines
 
 
@@ -183,6 +189,7 @@ def main(
     narrow: Annotated[bool, typer.Option("--bf16", help="Products of the training in bf16.")] = False,
     windows: Annotated[int, typer.Option(help="Windows of the evaluation text.")] = 8,
     threads: Annotated[int, typer.Option(help="Threads; 0: PyTorch's default.")] = 0,
+    decoded: Annotated[int, typer.Option(help="Tokens to decode and compare, skipping and not.")] = 48,
     out: Annotated[Path | None, typer.Option(help="Folder for the model, relufication.json and table.md.")] = None,
 ) -> None:
     """Relufy SmolLM2-135M and fine-tune it (about fifteen minutes, 4 GB)."""
@@ -193,7 +200,7 @@ def main(
     torch.set_flush_denormal(True)  # squares of the smallest gradients may be denormal, which is slow arithmetic
     model, tokenizer = smollm2()
     how = Training(steps, length, batch, rate, weight, loss, narrow)
-    outcome = run(model, tokenizer, how, windows, out, lambda text: print(text, flush=True))
+    outcome = run(model, tokenizer, how, windows, out, lambda text: print(text, flush=True), decoded)
     print("\n".join(["", *table(outcome)]))
     if out is not None:
         (out / "relufication.json").write_text(json.dumps(asdict(outcome), indent=1) + "\n", encoding="utf-8")
