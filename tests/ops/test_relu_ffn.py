@@ -101,6 +101,10 @@ def test_extreme_quantiles(tier: str) -> None:
         y, nnz = layer.run(x, "gelu_gauss", torch.tensor([z]))
         assert nnz.tolist() == [active] * 3
     assert torch.equal(y, layer.biases[2].expand(3, -1))
+    plain = Layer(96, 300, biases=False)
+    for mode in ("sparse", "dense"):  # a sum of nothing is +0, whatever the signs of what is left out
+        y, _ = plain.run(-x, "gelu_gauss", torch.tensor([20.0]), mode=mode)
+        assert not y.any() and not y.signbit().any()
 
 
 @pytest.mark.parametrize("rows", rf.ROWS)

@@ -86,4 +86,10 @@ MUTANTS = (
         "if (p.rows >= kRows - 1) return store_eight",
     ),
     bitmask("a token's scale for all", "body.h", "set_f(t.sx[n])), y, n);", "set_f(t.sx[0])), y, n);"),
+    bitmask(
+        "a byte behind the tail read",
+        "avx2.cpp",
+        "const __m128i a = _mm_shuffle_epi8(load8(at), load8(kShuffles.of[low]));",
+        "const __m128i a = _mm_shuffle_epi8(load8(at), load8(kShuffles.of[low])); (void)*(volatile const uint8_t*)(at + 64);",
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mutant import planter
 
 relu = planter("relu_ffn", "ops/relu_ffn")
+lists = planter("neuron_lists", "ops/neuron_lists")
 
 MUTANTS = (
     relu(
@@ -102,5 +103,18 @@ MUTANTS = (
         "pack.cpp",
         "neuron::quantised(type) && c < c1; ++c",
         "neuron::quantised(type) && c < c1 - 1; ++c",
+    ),
+    lists(
+        "one index too many",
+        "driver.cpp",
+        "std::fill(index + n, index + a.n, -1);",
+        "std::fill(index + n, index + a.n + 1, -1);",
+    ),
+    lists("values behind a list left", "driver.cpp", "std::fill(value + n, value + a.n, 0.0f);", ""),
+    lists(
+        "thresholds of inputs by the first",
+        "driver.cpp",
+        "threshold, a.threshold_each, nullptr",
+        "threshold, false, nullptr",
     ),
 )
