@@ -199,7 +199,8 @@ def test_same_bits_alone_and_in_company(tier: str, values: str) -> None:
 def test_full_and_empty_rows_side_by_side(tier: str) -> None:
     """In one panel, with signs that alternate: full words where most have few bits, and none where most have many."""
     keep = torch.rand(24, 400) < torch.tensor([0.0, 1.0, 0.1, 0.9, 0.0, 0.05, 1.0, 0.0] * 3)[:, None]
-    keep[16:, 64:] &= torch.rand(8, 336) < 0.2  # few of the panel's values, its first words full
+    keep[16:, 64:] &= torch.rand(8, 336) < 0.2  # few values in the panel,
+    keep[16:, :64] = torch.rand(8, 64) < torch.linspace(0.3, 1, 8)[:, None]  # but in its first words from 20 to all 64
     signs = (-1.0) ** torch.arange(400)
     w, x = keep * signs * torch.randint(1, 4, (24, 400)), signs * torch.randint(-3, 4, (9, 400))
     expected = x @ w.T  # integers below 2^24: exact in every order
