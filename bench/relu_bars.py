@@ -75,5 +75,5 @@ def judge(rows: Sequence[Row], threads: int) -> Iterator[Verdict]:
         title, extra = f"rows of down, {' and '.join(types)}", name != theirs.BAG
         least, given = BAG.get(threads, 1.0), ours(DOWN, *types, name=LISTED)
         yield verdict(f"{title}, list given to both: x {name}", least, given, against(name), extra)
-        yield verdict(f"{title}, list found too: x {name}", least, ours(DOWN, *types), against(name), True)
+        yield verdict(f"{title}, list found too: x {name}", least, ours(DOWN, *types), against(name), extra)
     yield verdict("prompts, bf16: x dense_linear", 1.0, ours(PROMPT, "bf16"), against(LINEAR), True)

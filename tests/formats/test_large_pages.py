@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,23 +11,12 @@ from torch import Tensor
 from effk.formats.large_pages import PAGE, empty_like, moved, reserve
 from effk.formats.neuron import from_stored, to_stored
 from effk.nn import BitmaskLinear
-
-SMAPS = Path("/proc/self/smaps")
+from mappings import asks_for_large_pages
 
 
 def in_large_pages(t: Tensor) -> bool:
-    """Whether ``t`` begins with a page of a mapping that was advised so; whether there were any to give is another matter."""
-    if not SMAPS.exists() or "VmFlags" not in (maps := SMAPS.read_text()):
-        pytest.skip("reads the flags of mappings from /proc")
-    inside = False
-    for line in maps.splitlines():
-        head = line.split()[0]
-        if "-" in head and not head.endswith(":"):
-            low, high = (int(side, 16) for side in head.split("-"))
-            inside = low <= t.data_ptr() < high
-        elif inside and head == "VmFlags:":
-            return "hg" in line.split() and t.data_ptr() % PAGE == 0
-    raise AssertionError("a tensor outside of all mappings")
+    """Whether ``t`` begins with a page of a mapping that was advised so."""
+    return asks_for_large_pages(t) and t.data_ptr() % PAGE == 0
 
 
 @pytest.mark.parametrize(("rows", "group"), [("bf16", 0), ("int8", 0), ("int8", 32), ("int4", 32)])

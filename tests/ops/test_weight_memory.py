@@ -10,17 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-SMAPS, LARGE = Path("/proc/self/smaps"), Path("/sys/kernel/mm/transparent_hugepage/enabled")
+from mappings import SMAPS, asks_for_large_pages, resident_in_large_pages
+
+LARGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 on_linux = pytest.mark.skipif(
     not SMAPS.exists() or not LARGE.exists() or "[never]" in LARGE.read_text(), reason="the system has no large pages"
 )
 SHARED = 8 << 20  # larger weights have memory of their own
-
-
-def large_pages() -> int:
-    """Bytes of the process in large pages."""
-    lines = SMAPS.read_text().splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith("AnonHugePages:"))
 
 
 def packed(rows: int, value: int) -> Tensor:
@@ -31,22 +27,26 @@ def packed(rows: int, value: int) -> Tensor:
 @on_linux
 def test_small_weights_share_large_pages() -> None:
     gc.collect()
-    before = large_pages()
+    before = resident_in_large_pages()
     held = [packed(300, 1) for _ in range(80)]  # 460 KB each
     size = sum(w.numel() for w in held)
-    assert 0.8 * size < large_pages() - before < size + (4 << 20)
+    assert all(asks_for_large_pages(w) for w in held)
+    spans = sorted((w.data_ptr(), w.data_ptr() + w.numel()) for w in held)
+    apart = [begin - end for (_, end), (begin, _) in itertools.pairwise(spans)]
+    assert sum(gap < 64 for gap in apart) > 0.9 * len(apart), "one behind the other"
+    assert resident_in_large_pages() - before < size + (4 << 20)
     del held
-    assert large_pages() - before < (4 << 20)
+    assert resident_in_large_pages() - before < (4 << 20)
 
 
 @on_linux
 def test_what_is_freed_among_others_goes_back() -> None:
     gc.collect()
-    before = large_pages()
+    before = resident_in_large_pages()
     held = [packed(3000, number) for number in range(24)]  # 4.6 MB each
     rest = held[::4]
     del held
-    assert large_pages() - before < sum(w.numel() for w in rest) + len(rest) * (4 << 20)
+    assert resident_in_large_pages() - before < sum(w.numel() for w in rest) + len(rest) * (4 << 20)
     assert all(bool((w.view(torch.bfloat16) == 4 * number).all()) for number, w in enumerate(rest))
 
 
